@@ -1,0 +1,35 @@
+"""For every test: where `utils` lies, how many threads, and what a failed notebook cell stops."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+class StopNotebook:
+    """Skip the rest of a notebook after a failed cell: it could only fail for the same reason."""
+
+    def __init__(self):
+        self.failed = set()
+
+    def pytest_runtest_setup(self, item):
+        if item.parent in self.failed:
+            pytest.skip("an earlier cell failed")
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item, call):
+        report = yield
+        if report.failed and type(item).__name__ == "IPyNbCell":
+            self.failed.add(item.parent)
+        return report
+
+
+def pytest_configure(config):
+    # As a plugin of its own: a conftest's hooks do not see the items of other folders.
+    config.pluginmanager.register(StopNotebook())
+    if hasattr(config, "workerinput"):  # a worker of xdist: the workers share the cores
+        import torch
+
+        torch.set_num_threads(1)

@@ -1,0 +1,100 @@
+"""The switch: which faces a run uses, and what its settings print."""
+
+from pathlib import Path
+
+import pytest
+
+from utils.settings import ROOT, banner, get_settings
+
+
+@pytest.fixture(autouse=True)
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty data folder, and no variable set but the one that names it."""
+    for name in ("AGE_FACES", "UTKFACE_ARCHIVE", "AGE_PUBLISH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AGE_DATA", str(tmp_path / "data"))
+    return tmp_path / "data"
+
+
+def test_unset_and_nothing_there_means_the_sample(data):
+    settings = get_settings()
+    assert settings.faces == "sample"
+    assert settings.folder == data / "sample"
+    assert settings.cache == data / "cache" / "sample"
+    assert settings.runs == data / "runs" / "sample"
+
+
+def test_unset_with_the_folder_means_utkface(data):
+    (data / "UTKFace").mkdir(parents=True)
+    settings = get_settings()
+    assert (settings.faces, settings.folder) == ("utkface", data / "UTKFace")
+
+
+def test_unset_with_an_archive_means_utkface(monkeypatch):
+    monkeypatch.setenv("UTKFACE_ARCHIVE", "somewhere.tar.gz")
+    assert get_settings().faces == "utkface"
+
+
+@pytest.mark.parametrize("archive", ["", "somewhere.tar.gz"])
+@pytest.mark.parametrize(
+    ("value", "faces"), [("sample", "sample"), (" UTKFace ", "utkface"), ("utkface", "utkface")]
+)
+def test_the_variable_decides_over_what_is_there(monkeypatch, data, value, faces, archive):
+    monkeypatch.setenv("UTKFACE_ARCHIVE", archive)
+    monkeypatch.setenv("AGE_FACES", value)
+    assert get_settings().faces == faces
+
+
+def test_an_argument_decides_over_the_variable(monkeypatch):
+    monkeypatch.setenv("AGE_FACES", "utkface")
+    assert get_settings("sample").faces == "sample"
+
+
+@pytest.mark.parametrize("value", ["quick", "UTK", "sample,utkface"])
+def test_a_wrong_value_is_refused_with_the_right_ones(monkeypatch, value):
+    monkeypatch.setenv("AGE_FACES", value)
+    with pytest.raises(ValueError, match="'sample' or 'utkface'"):
+        get_settings()
+
+
+def test_without_age_data_everything_lies_in_the_project(monkeypatch):
+    monkeypatch.delenv("AGE_DATA")
+    settings = get_settings("sample")
+    assert settings.folder == ROOT / "data" / "sample"
+    assert "data/sample" in str(settings)
+
+
+def test_the_data_folder_may_start_at_home_or_be_relative(monkeypatch, tmp_path):
+    monkeypatch.setenv("AGE_DATA", "~/faces")
+    assert get_settings("sample").folder == Path.home().resolve() / "faces" / "sample"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AGE_DATA", "here")
+    assert get_settings("sample").folder == tmp_path.resolve() / "here" / "sample"
+
+
+def test_only_a_published_run_writes_into_figures(monkeypatch):
+    assert get_settings().figures == ROOT / "build" / "figures"
+    monkeypatch.setenv("AGE_PUBLISH", "0")
+    assert not get_settings().publish
+    monkeypatch.setenv("AGE_PUBLISH", "1")
+    assert get_settings().publish
+    assert get_settings().figures == ROOT / "figures"
+
+
+@pytest.mark.parametrize("faces", ["sample", "utkface"])
+def test_printed_settings_show_all_fields_and_no_absolute_path(faces, data):
+    settings = get_settings(faces)
+    text = str(settings)
+    for secret in (str(ROOT), str(data), str(data.parent), str(Path.home())):
+        assert secret not in text
+    shown = dict(line.split(maxsplit=1) for line in text.splitlines())
+    assert list(shown) == list(vars(settings))
+    assert shown["faces"] == faces
+    assert shown["image_size"] == str(settings.image_size)
+    assert shown["cache"] == f".../{faces}"
+
+
+def test_the_banner_warns_readers_of_the_sample_only():
+    warning = "Numbers quoted in the text are UTKFace's"
+    assert warning in banner(get_settings("sample"))
+    assert warning not in banner(get_settings("utkface"))

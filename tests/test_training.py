@@ -1,0 +1,415 @@
+"""Training on drawn pixels: what is read, kept, resumed, refused, and what comes out."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch.utils.data import DistributedSampler
+
+import utils.sources
+import utils.training
+from utils.faces import Faces, split_digest
+from utils.model import load_weights
+from utils.settings import get_settings
+from utils.training import AgeTask, history, predict, train
+
+# A small net with dropout, and one with batch norm, whose buffers need as much care.
+SETTINGS = replace(
+    get_settings("sample"), backbone="squeezenet1_1", image_size=32, batch_size=8,
+    epochs=3, learning_rate=1e-3,
+)  # fmt: skip
+BATCH_NORM = replace(SETTINGS, backbone="shufflenet_v2_x0_5", learning_rate=3e-3)
+STILL = dict(flip=0, rotate=0, scale=0, shift=0, brightness=0, contrast=0, saturation=0)
+SPLITS = ["train"] * 7 + ["valid"] + ["test"] + ["valid"]
+OPTIONS = dict(progress=False, precision="32-true")
+
+
+class Spy:
+    """Pixels that note the rows read from them, and act when a row count is reached."""
+
+    def __init__(self, pixels, after=None, act=None):
+        self.pixels, self.rows, self.after, self.act = pixels, [], after, act
+
+    def __getitem__(self, rows):
+        self.rows += list(rows)
+        if self.after and len(self.rows) > self.after:
+            self.act()
+        return self.pixels[rows]
+
+
+def make_faces(count: int = 118) -> Faces:
+    """Noise whose brightness and stripes tell the age; odd counts in every split."""
+    random = np.random.default_rng(0)
+    ages = random.integers(1, 90, count)
+    pixels = random.integers(0, 60, (count, 36, 36, 3)) + (ages * 1.5)[:, None, None, None]
+    pixels[:, ::4] += (ages / 2)[:, None, None, None]
+    table = pd.DataFrame(
+        dict(
+            file=[f"{age}_0_0_{i:04d}.jpg" for i, age in enumerate(ages)],
+            age=ages,
+            split=[SPLITS[i % 10] for i in range(count)],
+            sha256=[f"{i:064x}" for i in range(count)],
+        )
+    )
+    return Faces(table, pixels.clip(0, 255).astype(np.uint8), pd.DataFrame())
+
+
+def rows_of(faces: Faces, part: str) -> np.ndarray:
+    return np.flatnonzero(faces.table["split"] == part)
+
+
+def mae(model, faces: Faces, part: str) -> float:
+    rows = rows_of(faces, part)
+    return float(np.abs(predict(model, faces.pixels, rows) - faces.table["age"][rows]).mean())
+
+
+def same(first, second) -> bool:
+    first, second = first.state_dict(), second.state_dict()
+    return all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def faces() -> Faces:
+    return make_faces()
+
+
+@pytest.fixture(scope="module")
+def reference(faces, tmp_path_factory):
+    """An uninterrupted run: model, folder, and the rows that it read, in order."""
+    run, spy = tmp_path_factory.mktemp("runs") / "reference", Spy(faces.pixels)
+    return train(faces._replace(pixels=spy), SETTINGS, run, **OPTIONS), run, spy.rows
+
+
+def test_run_folder_and_metadata(faces, reference):
+    model, run, _ = reference
+    assert sorted(file.name for file in run.iterdir()) == [
+        "configuration.json", "logs", "model.safetensors",
+    ]  # fmt: skip
+    assert list(run.glob("logs/version_0/events.out.tfevents.*"))
+    log = history(run)
+    assert list(log.columns) == [
+        "epoch", "train_mae", "valid_mae", "learning_rate", "seconds", "images_per_second",
+    ]  # fmt: skip
+    assert list(log["epoch"]) == [1, 2, 3]
+    assert (log["learning_rate"].diff()[1:] < 0).all() and (log["seconds"] > 0).all()
+    metadata = load_weights(run / "model.safetensors")[1]
+    best = log.loc[log["valid_mae"].idxmin()]
+    assert metadata["best_epoch"] == best["epoch"] and metadata["epochs"] == 3
+    assert metadata["valid_mae"] == pytest.approx(best["valid_mae"])
+    assert metadata["seconds"] == pytest.approx(log["seconds"].sum(), abs=0.1)
+    assert metadata["split_digest"] == split_digest(faces.table)
+    assert metadata["age_mean"] == pytest.approx(faces.table["age"][rows_of(faces, "train")].mean())
+    assert metadata["training"]["learning_rate"] == SETTINGS.learning_rate
+    assert metadata["device"].startswith("CPU" if not torch.cuda.is_available() else "")
+    # The valid MAE in the log is that of the weights in the file: averaged, buffers included.
+    assert mae(model, faces, "valid") == pytest.approx(metadata["valid_mae"], abs=1e-3)
+
+
+def test_rows_are_read_in_seeded_order_and_no_test_row(faces, reference):
+    expected = []
+    rows = rows_of(faces, "train")
+    sampler = DistributedSampler(rows, 1, 0, seed=SETTINGS.seed)
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        order = list(rows[list(sampler)])
+        expected += order[: len(order) // 8 * 8] + list(rows_of(faces, "valid"))
+    assert reference[2] == expected
+
+
+def test_test_rows_have_no_influence(faces, reference, tmp_path):
+    rows = rows_of(faces, "test")
+    table, pixels = faces.table.copy(), faces.pixels.copy()
+    table.loc[rows, "age"], pixels[rows] = 10_000, 255
+    model = train(Faces(table, pixels, faces.excluded), SETTINGS, tmp_path / "run", **OPTIONS)
+    assert same(model, reference[0])
+
+
+def test_one_clean_line_an_epoch(faces, tmp_path, capfd):
+    before = torch.random.get_rng_state(), signal.getsignal(signal.SIGINT)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(faces, SETTINGS, tmp_path / "run", epochs=2, progress=False, precision="bf16-mixed")
+    out, err = capfd.readouterr()
+    lines = out.splitlines()
+    assert err == "" and len(lines) == 2
+    assert re.fullmatch(
+        r"epoch 2/2: train MAE [\d.]+, valid MAE [\d.]+ years, \d+ s, \d+ images/s", lines[1]
+    )
+    assert torch.equal(before[0], torch.random.get_rng_state())
+    assert before[1] == signal.getsignal(signal.SIGINT)
+
+
+def test_a_finished_run_is_loaded_not_trained(faces, reference, capsys):
+    model, run, _ = reference
+    nothing = faces._replace(pixels=None)
+    assert same(train(nothing, SETTINGS, run, **OPTIONS), model)
+    assert "reference: trained earlier, 3 epochs from random weights" in capsys.readouterr().out
+
+
+def test_another_configuration_is_refused(faces, reference, monkeypatch):
+    run = reference[1]
+    with pytest.raises(ValueError, match=r"reference.*learning_rate 0.001 there, 0.01 now.*delete"):
+        train(faces, replace(SETTINGS, learning_rate=0.01), run)
+    with pytest.raises(ValueError, match="epochs 3 there, 4 now"):
+        train(faces, SETTINGS, run, epochs=4)
+    with pytest.raises(ValueError, match="augmentation"):
+        train(faces, SETTINGS, run, augmentation=STILL)
+    moved = faces.table.assign(split=np.roll(faces.table["split"], 1))
+    with pytest.raises(ValueError, match=r"\(faces"):
+        train(faces._replace(table=moved), SETTINGS, run)
+    with pytest.raises(ValueError, match="start random there, torchvision now"):
+        train(faces, replace(SETTINGS, pretrained=True), run)
+    # What plays no part may change: folders, and weights that the run does not ask for.
+    monkeypatch.setenv("AGE_BACKBONE_WEIGHTS", "elsewhere.pth")
+    train(faces, replace(SETTINGS, cache=Path("elsewhere")), run, **OPTIONS)
+
+
+def test_bad_input_is_refused(faces, tmp_path):
+    with pytest.raises(ValueError, match="batch_size 8 does not divide by 3 processes"):
+        train(faces, SETTINGS, tmp_path / "run", devices=3)
+    no_valid = faces.table.replace({"split": {"valid": "test"}})
+    with pytest.raises(ValueError, match="no face has split 'valid'"):
+        train(faces._replace(table=no_valid), SETTINGS, tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="no training log"):
+        history(tmp_path)
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, BATCH_NORM], ids=lambda given: given.backbone)
+def test_averaged_weights_are_what_is_validated_and_kept(settings, faces, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    monkeypatch.setattr(utils.training, "_export", lambda *arguments: None)
+    with pytest.raises(FileNotFoundError):  # nothing was exported
+        train(faces, settings, run, epochs=2, **OPTIONS)
+    checkpoint = torch.load(run / "last.ckpt", weights_only=True)
+    averaged, current = checkpoint["state_dict"], checkpoint["current_model_state"]
+    steps = 2 * (len(rows_of(faces, "train")) // 8)
+    assert int(checkpoint["averaging_state"]["n_averaged"]) == steps
+    model, errors = utils.training.build_model(settings), {}
+    for name, state in (("averaged", averaged), ("current", current)):
+        model.load_state_dict({key.removeprefix("model."): v for key, v in state.items()})
+        errors[name] = mae(model, faces, "valid")
+    logged = history(run)["valid_mae"][1]
+    assert errors["averaged"] == pytest.approx(logged, abs=1e-3)
+    assert abs(errors["current"] - logged) > 0.05
+    for key in averaged:
+        if "running_" in key:  # batch norm's statistics are averaged with the weights
+            assert not torch.equal(averaged[key], current[key])
+        if "tracked" in key:
+            assert averaged[key] == current[key] == steps
+    assert torch.equal(averaged["model.mean"], model.mean), "constants drift"
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, BATCH_NORM], ids=lambda given: given.backbone)
+def test_stopped_by_hand_then_resumed_elsewhere(settings, faces, tmp_path, capsys):
+    """Ctrl-C in epoch 2; the folder moves; the rest is read and learnt as if nothing had been."""
+
+    def stop():
+        raise KeyboardInterrupt
+
+    whole = Spy(faces.pixels)
+    model = train(faces._replace(pixels=whole), settings, tmp_path / "whole", **OPTIONS)
+    read = whole.rows
+    first = Spy(faces.pixels, after=len(read) // 3 + 40, act=stop)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match="call it again to resume"):
+        train(faces._replace(pixels=first), settings, tmp_path / "run", **OPTIONS)
+    assert signal.getsignal(signal.SIGINT) == handler
+    moved = shutil.move(tmp_path / "run", tmp_path / "moved")
+    rest = Spy(faces.pixels)
+    resumed = train(faces._replace(pixels=rest), settings, moved, **OPTIONS)
+    assert "moved: resumed after its last whole epoch" in capsys.readouterr().out
+    assert rest.rows == read[len(read) // 3 :]
+    assert same(resumed, model)
+    log = history(moved)
+    assert list(log["epoch"]) == [1, 2, 3]
+    pd.testing.assert_frame_equal(log.iloc[:, :4], history(tmp_path / "whole").iloc[:, :4])
+
+
+def test_resumed_with_loader_processes(faces, reference, tmp_path, monkeypatch):
+    """They fetch ahead: the order has to be right before Lightning names the epoch."""
+
+    def stop(self, hook=AgeTask.on_train_epoch_start):
+        if self.current_epoch == 1:
+            raise RuntimeError("stop here")
+        hook(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AgeTask, "on_train_epoch_start", stop)
+        with pytest.raises(RuntimeError, match="stop here"):
+            train(faces, SETTINGS, tmp_path / "run", **OPTIONS)
+    assert same(train(faces, SETTINGS, tmp_path / "run", workers=1, **OPTIONS), reference[0])
+
+
+SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+import torch
+sys.path[:0] = {paths}
+from test_training import BATCH_NORM, OPTIONS, SETTINGS, Spy, make_faces
+from utils import model, training
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+torch.set_num_threads(1)
+faces, run = make_faces(), Path(sys.argv[1])
+{body}
+"""
+
+
+def script(folder: Path, body: str, *launcher: str) -> subprocess.CompletedProcess:
+    here = Path(__file__).parent
+    path = folder / "script.py"
+    path.write_text(SCRIPT.format(paths=[str(here), str(here.parent)], body=body))
+    command = [sys.executable, *launcher, str(path), str(folder / "run")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
+
+
+KILLS = {
+    "while reading": """
+faces = faces._replace(pixels=Spy(faces.pixels, after=150, act=kill))
+training.train(faces, SETTINGS, run, **OPTIONS)
+""",
+    "while writing": """
+replace, seen = os.replace, []
+
+def count(source, target):
+    seen.append(Path(target).name)
+    if seen.count("last.ckpt") == 2:
+        with open(source, "r+b") as file:
+            file.truncate(1000)
+        kill()
+    replace(source, target)
+
+os.replace = count
+training.train(faces, SETTINGS, run, **OPTIONS)
+""",
+}
+
+
+@pytest.mark.parametrize("moment", KILLS)
+def test_killed_then_resumed_is_the_uninterrupted_run(moment, faces, reference, tmp_path):
+    ended = script(tmp_path, KILLS[moment])
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert "epoch 1/3" in ended.stdout or not ended.stdout
+    run = tmp_path / "run"
+    assert torch.load(run / "last.ckpt", weights_only=True)["epoch"] == 0
+    model = train(faces, SETTINGS, run, **OPTIONS)
+    assert same(model, reference[0])
+    log, whole = history(run), history(reference[1])
+    pd.testing.assert_frame_equal(log.iloc[:, :4], whole.iloc[:, :4])
+
+
+def test_two_processes_agree_with_one(faces, tmp_path):
+    """23 valid rows are padded to 24: the MAE must count each once."""
+    assert len(rows_of(faces, "valid")) % 2 == 1
+    ended = script(
+        tmp_path,
+        "for settings in (SETTINGS, BATCH_NORM):\n"
+        "    training.train(faces, settings, run / settings.backbone, epochs=6, **OPTIONS)",
+        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("epoch 6/6") == 2, "one process prints, once a run"
+    for settings in (SETTINGS, BATCH_NORM):
+        run = tmp_path / "run" / settings.backbone
+        model, metadata = load_weights(run / "model.safetensors")
+        assert metadata["processes"] == 2
+        assert mae(model, faces, "valid") == pytest.approx(metadata["valid_mae"], abs=1e-3)
+        train(faces, settings, tmp_path / settings.backbone, epochs=6, **OPTIONS)
+        two, one = history(run), history(tmp_path / settings.backbone)
+        assert np.allclose(two["learning_rate"], one["learning_rate"]), "as many steps"
+        assert two["train_mae"][0] == pytest.approx(one["train_mae"][0], rel=0.15)
+        print(two, one)
+    two, one = (history(home / SETTINGS.backbone) for home in (tmp_path / "run", tmp_path))
+    assert two["valid_mae"].min() == pytest.approx(one["valid_mae"].min(), abs=3)
+
+
+def test_non_finite_loss_stops_and_says_where(faces, tmp_path):
+    ages = faces.table["age"].astype(float)
+    ages[rows_of(faces, "train")[5]] = np.inf
+    broken = faces._replace(table=faces.table.assign(age=ages))
+    with pytest.raises(FloatingPointError, match=r"epoch 1, step 1, learning rate 4\.0e-05.*tenth"):
+        train(broken, SETTINGS, tmp_path / "age", **OPTIONS)
+    with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) in epoch 1, step [23]"):
+        train(faces, replace(SETTINGS, learning_rate=1e30), tmp_path / "rate", **OPTIONS)
+    assert not list(tmp_path.rglob("*.ckpt")), "broken weights were kept"
+
+
+def test_early_stop_stays_stopped(faces, tmp_path, capsys, monkeypatch):
+    """With a learning rate of zero and no batch norm the valid MAE never gets better."""
+    settings = replace(SETTINGS, learning_rate=0.0, epochs=5)
+    options = dict(patience=2, augmentation=STILL, **OPTIONS)
+    with monkeypatch.context() as patch:
+        patch.setattr(utils.training, "_export", lambda *arguments: None)
+        with pytest.raises(FileNotFoundError):
+            train(faces, settings, tmp_path / "run", **options)
+    assert list(history(tmp_path / "run")["epoch"]) == [1, 2, 3]
+    for name, epoch in (("best", 0), ("last", 2)):
+        assert torch.load(tmp_path / f"run/{name}.ckpt", weights_only=True)["epoch"] == epoch
+    train(faces, settings, tmp_path / "run", **options)
+    assert list(history(tmp_path / "run")["epoch"]) == [1, 2, 3]
+    assert "stopped early: no better valid MAE after epoch 1" in capsys.readouterr().out
+    assert load_weights(tmp_path / "run" / "model.safetensors")[1]["best_epoch"] == 1
+
+
+def test_it_learns_a_few_faces_by_heart(faces, tmp_path):
+    rows = np.repeat(rows_of(faces, "train")[:12], 16)
+    table = faces.table.iloc[rows].reset_index(drop=True)
+    table["split"] = (["valid"] + ["train"] * 15) * 12
+    few = Faces(table, faces.pixels[rows], faces.excluded)
+    model = train(few, SETTINGS, tmp_path / "run", epochs=10, augmentation=STILL, **OPTIONS)
+    assert mae(model, few, "train") < 2 < 15 < np.abs(table["age"] - table["age"].mean()).mean()
+
+
+def test_predictions(faces, reference):
+    model = reference[0]
+    rows = np.array([7, 3, 100, 50, 3, 12])
+    ages = predict(model, faces.pixels, rows)
+    assert ages.shape == (6,) and ages.dtype == np.float32
+    assert ages[1] == pytest.approx(ages[4], abs=1e-4), "one answer a face, in the rows' order"
+    for size in (1, 2, 4, 64):
+        assert np.allclose(predict(model, faces.pixels, rows, batch_size=size), ages, atol=1e-3)
+    model.train()
+    assert np.allclose(predict(model, list_of(faces, rows), np.arange(6)), ages, atol=1e-3)
+    mirrored = predict(model, faces.pixels[:, :, ::-1], rows)
+    both = predict(model, faces.pixels, rows, flip=True)
+    assert np.allclose(both, (ages + mirrored) / 2, atol=1e-3)
+    assert not np.allclose(both, ages, atol=1e-3)
+    assert predict(model, faces.pixels, []).shape == (0,)
+    with pytest.raises(TypeError, match="mask"):
+        predict(model, faces.pixels, faces.table["split"] == "valid")
+
+
+def list_of(faces: Faces, rows: np.ndarray) -> np.ndarray:
+    return np.stack([faces.pixels[row] for row in rows])
+
+
+def test_command_line(faces, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("AGE_DATA", str(tmp_path))
+    monkeypatch.setenv("AGE_FACES", "sample")
+    monkeypatch.setattr(utils.training, "get_settings", lambda: replace(SETTINGS, runs=tmp_path))
+    monkeypatch.setattr(utils.sources, "load_faces", lambda settings: faces)
+    utils.training.main(["--run", "mine", "--epochs", "1", "--no-bar"])
+    out = capsys.readouterr().out
+    assert "squeezenet1_1" in out and "epoch 1/1" in out and "weights:" in out
+    assert load_weights(tmp_path / "mine" / "model.safetensors")[1]["epochs"] == 1

@@ -1,0 +1,1 @@
+"""Shared helpers of the age-estimation course; the notebooks tell the story."""

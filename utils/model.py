@@ -1,0 +1,279 @@
+"""The age model: a torchvision backbone that puts out years, and its safetensors file."""
+
+from __future__ import annotations
+
+import http.client
+import importlib.metadata
+import json
+import os
+import re
+import sys
+import urllib.error
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torchvision
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import nn
+from torchvision.models import get_model, get_model_weights, list_models
+
+from utils.settings import Settings
+
+FORMAT, VERSION = "face age regressor", 1
+HEADS = ("regression",)
+CROP = "UTKFace chip: eyes at x 0.29 and 0.69, y 0.29; mouth corners at x 0.32 and 0.65, y 0.68"
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+OFFLINE = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
+# DenseNet files from before 2017 name "norm.1" what the module calls "norm1".
+OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.[a-z_]+)$")
+
+
+class AgeRegressor(nn.Module):
+    """Faces to ages in years with any classification backbone of torchvision.
+
+    `age_mean` and `age_scale` (years) put the untrained output near the mean age of the training
+    set: age = age_mean + age_scale * backbone(normalised image). `mean` and `std` are per colour
+    channel, for pixels in 0-1. `head` names how the output becomes an age.
+
+    Raises ValueError for a name that torchvision does not list, or an unknown head.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        image_size: int,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+        age_mean: float = 33.0,
+        age_scale: float = 20.0,
+        head: str = "regression",
+    ) -> None:
+        super().__init__()
+        if head not in HEADS:
+            raise ValueError(f"head {head!r} is not known here: use one of {', '.join(HEADS)}")
+        self.backbone_name, self.image_size, self.head = backbone, image_size, head
+        self.origin = "random"  # where the backbone's first weights came from
+        self.backbone = _backbone(backbone, image_size)
+        layers = {
+            name: layer
+            for name, layer in self.backbone.named_modules()
+            if isinstance(layer, nn.Linear | nn.Conv2d) and layer.weight.shape[0] == 1
+        }
+        self.last_layer, last = list(layers.items())[-1]
+        nn.init.normal_(last.weight, std=0.01)
+        if last.bias is not None:
+            nn.init.zeros_(last.bias)
+        for name, value in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float32).view(1, 3, 1, 1))
+        self.register_buffer("age_mean", torch.tensor(float(age_mean)))
+        self.register_buffer("age_scale", torch.tensor(float(age_scale)))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Ages in years [B] of RGB images [B, 3, h, w], floats in 0-1.
+
+        Raises TypeError for integer pixels: 0-255 into ImageNet weights is a silent mistake.
+        """
+        if not images.is_floating_point():
+            raise TypeError(f"images are {images.dtype}: give floats in 0-1 (utils.augment.resize)")
+        raw = self.backbone((images - self.mean) / self.std).flatten(1).squeeze(1)
+        return self.age_mean + self.age_scale * raw.float()
+
+
+def _backbone(name: str, image_size: int) -> nn.Module:
+    known = list_models(module=torchvision.models)
+    if name not in known:
+        raise ValueError(f"backbone {name!r} is not a torchvision classifier: {', '.join(known)}")
+    options = {}
+    if name in ("googlenet", "inception_v3"):
+        # No auxiliary outputs; their published weights expect ImageNet's mean and std re-scaled.
+        options = dict(aux_logits=False, transform_input=True, init_weights=True)
+    elif name.startswith("vit_"):
+        options = dict(image_size=image_size)
+    elif name.startswith("maxvit"):
+        options = dict(input_size=(image_size, image_size))
+    try:
+        model = get_model(name, weights=None, num_classes=1, **options)
+    except (ValueError, AssertionError, RuntimeError) as error:
+        raise ValueError(f"{name} cannot be built for {image_size} px images: {error}") from error
+    if name.startswith("squeezenet"):
+        model.classifier[2] = nn.Identity()  # its last ReLU would forbid ages below the mean
+    return model
+
+
+def build_model(
+    settings: Settings, age_mean: float = 33.0, age_scale: float = 20.0
+) -> AgeRegressor:
+    """New model for `settings.backbone` at `settings.image_size`, seeded by `settings.seed`.
+
+    With `settings.pretrained` the backbone starts from the file in AGE_BACKBONE_WEIGHTS (a state
+    dict of this backbone, .pth or .safetensors), else from torchvision's default weights, which
+    are downloaded once. Offline, it warns and starts from random weights. Normalisation follows
+    the weights; for a file it is ImageNet's unless AGE_BACKBONE_MEAN_STD says otherwise ("0.5,0.5":
+    mean and standard deviation of all channels, pixels in 0-1).
+
+    Raises FileNotFoundError or ValueError where the file is missing, unreadable, or another
+    model's, and ValueError where the backbone cannot take images of this size.
+    """
+    name, size = settings.backbone, settings.image_size
+    state, mean, std, origin = None, IMAGENET_MEAN, IMAGENET_STD, "random"
+    file = os.environ.get("AGE_BACKBONE_WEIGHTS")
+    if settings.pretrained and file:
+        state, origin = _read_state(Path(file).expanduser()), f"file {Path(file).name}"
+        mean, std = _mean_std(os.environ.get("AGE_BACKBONE_MEAN_STD"))
+    elif settings.pretrained:
+        try:
+            weights = get_model_weights(name).DEFAULT
+            full = get_model(name, weights=weights, progress=sys.stderr.isatty())
+            state, origin = full.state_dict(), f"torchvision {weights}"
+            mean, std = weights.transforms().mean, weights.transforms().std
+        except OFFLINE as error:
+            warnings.warn(
+                f"The weights of {name} could not be downloaded ({error}): training starts from "
+                "random weights and will end with a larger error. Set AGE_BACKBONE_WEIGHTS to a "
+                "state dict (.pth or .safetensors) to start from a local file.",
+                stacklevel=2,
+            )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(settings.seed)
+        model = AgeRegressor(name, size, tuple(mean), tuple(std), age_mean, age_scale)
+    if state is not None:
+        _fill(model, state, origin)
+        model.origin = origin
+    try:
+        with torch.inference_mode():
+            model.eval()(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"{name} cannot take images of {size} px: {error}") from error
+    return model.train()
+
+
+def _mean_std(text: str | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    if not text:
+        return IMAGENET_MEAN, IMAGENET_STD
+    try:
+        mean, std = (float(part) for part in text.split(","))
+    except ValueError:
+        mean = std = 0.0
+    if not std > 0:
+        raise ValueError(f"AGE_BACKBONE_MEAN_STD is {text!r}: give mean,std, for example 0.5,0.5")
+    return (mean,) * 3, (std,) * 3
+
+
+def _read_state(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"AGE_BACKBONE_WEIGHTS names {path}, and there is no such file")
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds; all mean the same to the reader
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"AGE_BACKBONE_WEIGHTS={path} cannot be read as a state dict: {reason}"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise ValueError(f"AGE_BACKBONE_WEIGHTS={path} is not a plain state dict of tensors")
+    return state
+
+
+def _fill(model: AgeRegressor, state: dict[str, torch.Tensor], origin: str) -> None:
+    """Copy `state` into the backbone: all but its last layer, whose outputs are not ages."""
+    own = model.backbone.state_dict()
+    unused = [f"{model.last_layer}."]
+    if model.backbone_name in ("googlenet", "inception_v3"):
+        unused += ["aux1.", "aux2.", "AuxLogits."]
+    given = {OLD_DENSENET.sub(r"\1\2", key): value for key, value in state.items()}
+    given = {key: value for key, value in given.items() if not key.startswith(tuple(unused))}
+    faults = [
+        f"{key} is missing"
+        for key in own
+        if key not in given and not key.startswith(tuple(unused)) and "num_batches" not in key
+    ]
+    faults += [f"{key} is unknown" for key in given if key not in own]
+    faults += [
+        f"{key} is {list(value.shape)} instead of {list(own[key].shape)}"
+        for key, value in given.items()
+        if key in own and value.shape != own[key].shape
+    ]
+    if faults:
+        raise ValueError(
+            f"The weights ({origin}) are not those of a {model.backbone_name} at "
+            f"{model.image_size} px: {len(faults)} tensors differ, first {'; '.join(faults[:3])}"
+        )
+    model.backbone.load_state_dict(given, strict=False)
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary sibling, then rename: `path` is never half a file."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_weights(model: AgeRegressor, path: Path, **extra: object) -> None:
+    """Write the weights and all that prediction needs to one safetensors file, atomically.
+
+    `extra` (values that JSON can hold: split digest, training settings, ...) joins the metadata.
+    """
+    packages = ("torch", "torchvision", "lightning", "safetensors", "numpy")
+    metadata = dict(
+        format=FORMAT,
+        version=VERSION,
+        backbone=model.backbone_name,
+        head=model.head,
+        image_size=model.image_size,
+        mean=model.mean.flatten().tolist(),
+        std=model.std.flatten().tolist(),
+        age_mean=model.age_mean.item(),
+        age_scale=model.age_scale.item(),
+        crop=CROP,
+        origin=model.origin,
+        libraries={name: importlib.metadata.version(name) for name in packages},
+    )
+    text = {key: json.dumps(value) for key, value in (metadata | extra).items()}
+    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    write_atomically(Path(path), lambda file: file.write_bytes(save(tensors, text)))
+
+
+def load_weights(path: Path) -> tuple[AgeRegressor, dict]:
+    """Model in evaluation mode, on the CPU, and the metadata of a file of `save_weights`.
+
+    Raises FileNotFoundError, or ValueError for a pickle, a damaged file, a file of something
+    else, or one of a format that this code does not know. No pickle is ever loaded.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there: train first, or fetch the published weights")
+    with path.open("rb") as file:
+        start = file.read(9)  # of a safetensors file: the header's length, then its bracket
+    if start.startswith((b"PK", b"\x80")) and start[8:] != b"{":
+        raise ValueError(f"{path} is a pickle (.pth, .ckpt), which may run code: not loaded")
+    try:
+        with safe_open(path, "pt") as file:
+            text = file.metadata() or {}
+        state = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file ({error})") from error
+    if text.get("format") != json.dumps(FORMAT):
+        raise ValueError(f"{path} is a safetensors file, but not an age model of this course")
+    metadata = {key: json.loads(value) for key, value in text.items()}
+    if metadata["version"] != VERSION:
+        raise ValueError(
+            f"{path} has format version {metadata['version']}; this code reads {VERSION}: "
+            "update the code, or fetch weights that fit it"
+        )
+    names = ("backbone", "image_size", "mean", "std", "age_mean", "age_scale", "head")
+    with torch.random.fork_rng(devices=[]):
+        model = AgeRegressor(**{name: metadata[name] for name in names})
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit a {model.backbone_name}: {error}") from error
+    model.origin = metadata["origin"]
+    return model.eval(), metadata

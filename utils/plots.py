@@ -1,0 +1,79 @@
+"""One look for every figure: style sheet, fixed colours, face grids that respect the licence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from utils.faces import ETHNICITIES, GENDERS
+from utils.settings import Settings
+
+# Okabe & Ito's palette, safe for colour-blind readers, in one fixed order.
+ETHNICITY_COLOURS = dict(
+    zip(ETHNICITIES, ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9"), strict=True)
+)
+GENDER_COLOURS = dict(zip(GENDERS, ("#0072B2", "#D55E00"), strict=True))
+ACCENT, MUTED = "#0072B2", "#8c8c8c"
+MOSAIC = 12  # cells across a published face: too few to recognise anyone
+
+
+def set_style() -> None:
+    """The course's matplotlib style; figures stay readable at half width."""
+    sns.set_theme(context="notebook", style="whitegrid", palette="colorblind")
+    plt.rcParams.update({
+        "figure.figsize": (9, 3.6), "figure.dpi": 90, "figure.constrained_layout.use": True,
+        "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left",
+        "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#4d4d4d",
+        "grid.color": "#e6e6e6", "legend.frameon": False,
+    })  # fmt: skip
+
+
+def pixelate(pixels: np.ndarray) -> np.ndarray:
+    """uint8 [N, H, W, 3] as mosaics of MOSAIC x MOSAIC cells, same shape."""
+    size = pixels.shape[1:3][::-1]
+    cells = [cv2.resize(p, (MOSAIC, MOSAIC), interpolation=cv2.INTER_AREA) for p in pixels]
+    return np.stack([cv2.resize(c, size, interpolation=cv2.INTER_NEAREST) for c in cells])
+
+
+def show_faces(
+    pixels: np.ndarray, titles: Sequence[str], settings: Settings, columns: int = 8
+) -> Figure:
+    """A grid of faces (uint8 [N, H, W, 3]) with a title each.
+
+    Faces of UTKFace are pixelated while notebooks are published: its licence forbids passing
+    them on. In the reader's own run they are shown as they are.
+    """
+    pixels = np.asarray(pixels)
+    if settings.publish and settings.faces != "sample":
+        pixels = pixelate(pixels)
+    rows = -(-len(pixels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.15 * columns, 1.4 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, face, title in zip(axes.flat, pixels, titles, strict=False):
+        axis.imshow(face, interpolation="nearest")
+        axis.set_title(title, fontsize=8, fontweight="normal", loc="center", pad=3)
+    return figure
+
+
+def with_intervals(axis: plt.Axes, table: pd.DataFrame, colours: dict | None = None) -> None:
+    """Horizontal points with 95 % bars, from rows of value, low, high, n; n beside each name."""
+    for place, (name, row) in enumerate(table.iterrows()):
+        colour = (colours or {}).get(name, ACCENT)
+        bars = [[row["value"] - row["low"]], [row["high"] - row["value"]]]
+        axis.errorbar(row["value"], place, xerr=bars, fmt="o", color=colour, capsize=3)
+    names = [f"{name}  (n = {int(row['n']):,})" for name, row in table.iterrows()]
+    axis.set_yticks(range(len(table)), names)
+    axis.set_ylim(len(table) - 0.5, -0.5)
+
+
+def save(figure: Figure, settings: Settings, name: str) -> None:
+    """Write a figure as PNG into the run's figures folder."""
+    settings.figures.mkdir(parents=True, exist_ok=True)
+    figure.savefig(settings.figures / f"{name}.png", dpi=110, metadata={"Software": None})

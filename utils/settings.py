@@ -1,0 +1,90 @@
+"""The one switch of the course: which faces, and everything that follows from it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CHIP_SIZE = 128  # px: side of a face in the pixel cache
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run uses. Paths are absolute, sizes in pixels, the seed is for every generator."""
+
+    faces: str  # "sample" (drawn by this project) or "utkface"
+    folder: Path  # the face images
+    cache: Path  # decoded pixels and the face table
+    runs: Path  # training runs: logs, checkpoints, weights
+    figures: Path  # figures and results.json
+    publish: bool  # True while `make publish` runs: face grids are pixelated
+    image_size: int  # side of the network's input
+    backbone: str  # name in torchvision.models
+    pretrained: bool  # start from ImageNet weights
+    epochs: int
+    batch_size: int
+    learning_rate: float  # highest rate of the one-cycle schedule
+    seed: int = 0
+
+    def __str__(self) -> str:
+        width = max(len(field.name) for field in fields(self))
+        rows = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Path):
+                value = _short(value)
+            rows.append(f"{field.name:<{width}}  {value}")
+        return "\n".join(rows)
+
+
+def _short(path: Path) -> str:
+    """Path relative to the project, so that outputs do not tell where the project lies."""
+    if path.is_relative_to(ROOT):
+        return path.relative_to(ROOT).as_posix()
+    return f".../{path.name}"
+
+
+def get_settings(faces: str | None = None) -> Settings:
+    """Settings for `faces`, else for the environment variable AGE_FACES, else for what is there.
+
+    Unset, the course runs on UTKFace where `data/UTKFace` exists or UTKFACE_ARCHIVE names an
+    archive, and on the drawn sample otherwise. AGE_DATA moves the data folder (default `data/`).
+
+    Raises ValueError where AGE_FACES is neither "sample" nor "utkface".
+    """
+    data = Path(os.environ.get("AGE_DATA") or ROOT / "data").expanduser().resolve()
+    publish = os.environ.get("AGE_PUBLISH") == "1"
+    faces = faces or os.environ.get("AGE_FACES", "").strip().lower()
+    if not faces:
+        there = (data / "UTKFace").is_dir() or os.environ.get("UTKFACE_ARCHIVE")
+        faces = "utkface" if there else "sample"
+    if faces not in ("sample", "utkface"):
+        raise ValueError(f"AGE_FACES is {faces!r}: set it to 'sample' or 'utkface', or unset it")
+    paths = dict(
+        folder=data / ("sample" if faces == "sample" else "UTKFace"),
+        cache=data / "cache" / faces,
+        runs=data / "runs" / faces,
+        figures=ROOT / "figures" if publish else ROOT / "build" / "figures",
+        publish=publish,
+    )
+    if faces == "sample":
+        return Settings(
+            faces, **paths, image_size=64, backbone="resnet18", pretrained=False,
+            epochs=8, batch_size=64, learning_rate=2e-3,
+        )  # fmt: skip
+    return Settings(
+        faces, **paths, image_size=112, backbone="mobilenet_v2", pretrained=True,
+        epochs=8, batch_size=64, learning_rate=5e-4,
+    )  # fmt: skip
+
+
+def banner(settings: Settings) -> str:
+    """One sentence that tells whose numbers a reader is about to see."""
+    if settings.faces == "utkface":
+        return "This run uses UTKFace, as the text does."
+    return (
+        "This run uses the drawn sample. The numbers quoted in the text are UTKFace's: "
+        "compare them\nwith the published outputs, not with the ones below."
+    )
