@@ -178,7 +178,6 @@ def test_copies_share_a_group_and_a_split(folder, cache):
 
 def test_unusable_files_are_listed_with_reasons(folder, cache):
     good = encoded(texture(50))
-    gif = [Image.fromarray(texture(seed)) for seed in (1, 2)]
     (folder / "61_1_20170109142408075.jpg.chip.jpg").write_bytes(good)
     (folder / "NA").write_bytes(good)
     (folder / "notes.txt").write_text("hello")
@@ -187,9 +186,6 @@ def test_unusable_files_are_listed_with_reasons(folder, cache):
     (folder / "52_0_0_20170101000000003.jpg").write_text("<html>not found</html>")
     (folder / "53_0_0_20170101000000004.jpg").write_bytes(good[: len(good) // 2])
     (folder / "54_0_0_20170101000000005.jpg").mkdir()
-    gif[0].save(
-        folder / "55_0_0_20170101000000006.jpg", "GIF", save_all=True, append_images=gif[1:]
-    )
     faces = prepare(folder, cache)
     found = reasons(faces)
     assert faces.table["file"].tolist() == sorted(NAMES)
@@ -197,11 +193,9 @@ def test_unusable_files_are_listed_with_reasons(folder, cache):
     for name in ("NA", "notes.txt", "50_0_0_20170101000000001.mp4", "54_0_0_20170101000000005.jpg"):
         assert found.pop(name) == "not an image file"
     assert found.pop("51_0_0_20170101000000002.jpg") == "empty file"
-    assert "Unsupported image file" in found.pop("52_0_0_20170101000000003.jpg")
-    assert "truncated" in found.pop("53_0_0_20170101000000004.jpg")
-    assert "animation" in found.pop("55_0_0_20170101000000006.jpg")
+    for name in ("52_0_0_20170101000000003.jpg", "53_0_0_20170101000000004.jpg"):
+        assert found.pop(name) == "cannot be decoded: damaged, cut off or not an image"
     assert found == {}
-    assert not faces.excluded["reason"].str.contains(r"[/\\]").any(), "a path of the library"
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
@@ -213,14 +207,30 @@ def test_a_file_cut_anywhere_is_left_out(folder, cache, suffix):
         cuts += [len(data) - 2, len(data) - 1]
     for i, cut in enumerate(cuts):
         (folder / f"{60 + i}_0_0_2018{i:013d}{suffix}").write_bytes(data[:cut])
-        filled = data[:cut] + bytes(len(data) - cut)  # as an interrupted download leaves it
-        if cut < len(data) - 14:
-            (folder / f"{60 + i}_1_0_2018{i:013d}{suffix}").write_bytes(filled)
-    (folder / f"99_0_0_20180000000000000{suffix}").write_bytes(data)
     faces = prepare(folder, cache)
-    extra = faces.table.loc[~faces.table["file"].isin(NAMES), "file"].tolist()
-    assert extra == [f"99_0_0_20180000000000000{suffix}"]
+    assert faces.table["file"].tolist() == sorted(NAMES)
+    assert len(faces.excluded) == len(cuts)
     assert faces.excluded["reason"].str.startswith("cannot be decoded: ").all()
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_a_file_whose_rest_is_zeros_is_left_out(folder, cache, suffix):
+    """An interrupted download may leave that. Some decoders crash on such a PNG."""
+    data = encoded(texture(60), suffix)
+    for i, cut in enumerate([*(len(data) * tenth // 10 for tenth in range(1, 10)), len(data) - 14]):
+        filled = data[:cut] + bytes(len(data) - cut)
+        (folder / f"{60 + i}_0_0_2018{i:013d}{suffix}").write_bytes(filled)
+    faces = prepare(folder, cache)
+    assert faces.table["file"].tolist() == sorted(NAMES)
+    assert len(faces.excluded) == 10
+    assert faces.excluded["reason"].str.startswith("cannot be decoded: ").all()
+
+
+def test_bytes_after_the_end_of_an_image_do_no_harm(folder, cache):
+    """Some phones write them."""
+    name = "60_0_0_20180000000000000.jpg"
+    (folder / name).write_bytes(encoded(texture(60)) + b"trailer" * 100)
+    assert name in set(prepare(folder, cache).table["file"])
 
 
 def test_a_link_to_nowhere_and_an_unprintable_name_are_listed(folder, cache):
@@ -259,7 +269,7 @@ def colour_image(kind: str) -> Image.Image:
     image = Image.new("RGB", (100, 100), ORANGE)
     if kind == "16 bits":  # Pillow writes 16 bits in grey only
         return Image.fromarray(np.full((100, 100), 120 * 257, np.uint16))
-    return image if kind == "RGB" else image.convert(kind)
+    return image.quantize(4) if kind == "P" else image.convert(kind)
 
 
 @pytest.mark.parametrize(
@@ -445,49 +455,42 @@ def python(code: str, *arguments) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(folder, cache):
-    prepare(folder, cache)
-    (folder / "70_0_0_20170101.jpg").write_bytes(encoded(texture(70)))
-    slow = """
+SLOW = """
 decode = module._decode
 def slowly(entry):
     if entry.name.startswith("3"):
         print("half done", flush=True)
-        time.sleep(600)
+        time.sleep(float(sys.argv[3]))
     return decode(entry)
 module._decode = slowly
 module.CHUNK = 4
 module.prepare(folder, cache)
 """
-    process = python(slow, folder, cache)
+
+
+def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(folder, cache):
+    prepare(folder, cache)
+    (folder / "70_0_0_20170101.jpg").write_bytes(encoded(texture(70)))
+    process = python(SLOW, folder, cache, 600)
     assert process.stdout.readline() == "half done\n"
     process.kill()
     process.communicate()
-    assert [path.name for path in homes(cache) if path.suffix] != [], "killed too early or too late"
+    assert len(list(cache.glob("*.partial"))) == 1, "killed too early or too late"
     faces = prepare(folder, cache)
     assert len(faces.table) == len(faces.pixels) == 13
-    assert len(homes(cache)) == 1, "the half-made cache and the old one are still there"
+    assert len(homes(cache)) == 1, "the half-made cache or the old one is still there"
 
 
-def test_two_processes_at_once_build_once_and_agree(folder, cache, tmp_path):
-    code = """
-decode, count = module._decode, []
-def slowly(entry):
-    count.append(1)
-    time.sleep(0.05)
-    return decode(entry)
-module._decode = slowly
-Path(sys.argv[3], f"ready{os.getpid()}").touch()
-while len(list(Path(sys.argv[3]).glob("ready*"))) < 2:
-    time.sleep(0.01)
-faces = module.prepare(folder, cache)
-print(len(count), module.split_digest(faces.table), int(faces.pixels.astype("int64").sum()))
-"""
-    processes = [python(code, folder, cache, tmp_path) for _ in range(2)]
-    outputs = [process.communicate(timeout=120)[0].split() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    assert sorted(int(output[0]) for output in outputs) == [0, 12], "decoded by both, or by none"
-    assert outputs[0][1:] == outputs[1][1:]
+def test_a_second_process_waits_for_the_first_and_takes_its_work(folder, cache, monkeypatch):
+    process = python(SLOW, folder, cache, 0.5)
+    assert process.stdout.readline() == "half done\n"
+    assert not list(cache.glob("*/cache.json"))
+    monkeypatch.setattr(module, "_decode", None)  # to decode here as well would fail
+    faces = prepare(folder, cache)
+    assert len(faces.table) == len(faces.pixels) == 12
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert len(homes(cache)) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory as Linux counts it")
@@ -628,7 +631,7 @@ def test_some_names_and_their_split():
         "26_0_1_20170116171048641.jpg.chip.jpg": "train",
         "1_0_0_20161219194756275.jpg.chip.jpg": "train",
         "100_1_0_20170110183726390.jpg.chip.jpg": "train",
-        "55_0_0_20170116232725357jpg.chip.jpg": "PIN",
+        "55_0_0_20170116232725357jpg.chip.jpg": "train",
         "24_0_1_20170116220224657 .jpg.chip.jpg": "train",
     }
     assert split(pd.Series(list(pinned))).tolist() == list(pinned.values())

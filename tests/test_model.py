@@ -20,6 +20,15 @@ FAMILIES = (
 )  # fmt: skip
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Small batches gain nothing from more, and lose much on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def no_outer_weights(monkeypatch):
     monkeypatch.delenv("AGE_BACKBONE_WEIGHTS", raising=False)

@@ -44,10 +44,9 @@ def test_a_mosaic_has_few_cells_and_the_same_shape(shape):
     mosaics = pixelate(faces)
     assert mosaics.shape == faces.shape and mosaics.dtype == np.uint8
     for mosaic in mosaics:
-        changes = [
-            np.diff(mosaic.astype(int), axis=axis).any(axis=(1 - axis, 2)) for axis in (0, 1)
-        ]
-        assert [change.sum() for change in changes] == [MOSAIC - 1, MOSAIC - 1]
+        for axis in (0, 1):
+            borders = np.diff(mosaic.astype(int), axis=axis).any(axis=(1 - axis, 2))
+            assert borders.sum() == MOSAIC - 1
         assert len(np.unique(mosaic.reshape(-1, 3), axis=0)) <= MOSAIC**2
 
 
@@ -91,10 +90,8 @@ def test_intervals_are_drawn_from_low_to_high_with_n():
     )
     _, axis = plt.subplots()
     with_intervals(axis, table, ETHNICITY_COLOURS)
-    assert [t.get_text() for t in axis.get_yticklabels()] == [
-        "White  (n = 1,234)",
-        "Asian  (n = 20)",
-    ]
+    names = [label.get_text() for label in axis.get_yticklabels()]
+    assert names == ["White  (n = 1,234)", "Asian  (n = 20)"]
     bars = [container[2][0].get_segments()[0] for container in axis.containers]
     assert np.allclose(bars, [[[4, 0], [7, 0]], [[2.5, 1], [3.5, 1]]])
     colours = [container[0].get_color() for container in axis.containers]

@@ -95,6 +95,6 @@ def test_printed_settings_show_all_fields_and_no_absolute_path(faces, data):
 
 
 def test_the_banner_warns_readers_of_the_sample_only():
-    warning = "Numbers quoted in the text are UTKFace's"
+    warning = "numbers quoted in the text are UTKFace's"
     assert warning in banner(get_settings("sample"))
     assert warning not in banner(get_settings("utkface"))

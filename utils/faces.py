@@ -22,7 +22,6 @@ import torch
 from filelock import FileLock
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as F
 
 from utils.settings import CHIP_SIZE
@@ -173,9 +172,8 @@ def _decode(entry: os.DirEntry) -> str | tuple[bytes, dict]:
         chip = to_chip(decode(data))
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
-    except (RuntimeError, cv2.error) as error:  # "decode_jpeg, <source file>:171, <reason>"
-        reason = re.sub(r"^.*\.cpp:\d+[,)] ?", "", str(error).splitlines()[0])
-        return f"cannot be decoded: {reason}"
+    except ValueError as error:
+        return f"cannot be decoded: {error}"
     grey = cv2.cvtColor(chip, cv2.COLOR_RGB2GRAY)
     row = {
         "file": entry.name,
@@ -189,13 +187,17 @@ def _decode(entry: os.DirEntry) -> str | tuple[bytes, dict]:
 
 
 def decode(data: bytes) -> torch.Tensor:
-    """An image file's bytes to uint8 RGB [3, h, w]. Raises RuntimeError or cv2.error if damaged."""
-    if data.startswith(b"\xff\xd8"):
-        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-    # Other types through OpenCV: torchvision's decoder of PNG ends Python on some damaged files.
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-    if image is None:
-        raise RuntimeError("damaged, or not an image")
+    """The bytes of an image file to uint8 RGB [3, h, w], turned as its EXIF orientation says.
+
+    Raises ValueError where they are damaged, cut off or no image.
+    """
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    except cv2.error as error:
+        raise ValueError(error.err) from error
+    without_end = data.startswith(b"\xff\xd8") and b"\xff\xd9" not in data  # of a JPEG
+    if image is None or without_end:
+        raise ValueError("damaged, cut off or not an image")
     return torch.from_numpy(image).permute(2, 0, 1)
 
 

@@ -76,7 +76,7 @@ def get_settings(faces: str | None = None) -> Settings:
         )  # fmt: skip
     return Settings(
         faces, **paths, image_size=112, backbone="mobilenet_v2", pretrained=True,
-        epochs=8, batch_size=64, learning_rate=5e-4,
+        epochs=6, batch_size=64, learning_rate=5e-4,
     )  # fmt: skip
 
 

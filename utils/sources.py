@@ -130,7 +130,7 @@ def check(folder: Path) -> Check:
     """Hash every file of a folder and compare with the manifest of the original UTKFace."""
     with os.scandir(folder) as entries:
         files = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
-    found = {e.name: _sha256(e.path) for e in files if e.is_file()}
+    found = {e.name: file_sha256(e.path) for e in files if e.is_file()}
     lines = "".join(f"{sha256}  {name}\n" for name, sha256 in found.items())
     digest = hashlib.sha256(lines.encode()).hexdigest()
     with gzip.open(MANIFEST, "rt", encoding="utf-8", newline="") as text:
@@ -200,7 +200,7 @@ def download(
     """
     part = target.with_name(f"{target.name}.part")
     with _writing(target):
-        if target.is_file() and _sha256(target) == sha256:
+        if target.is_file() and file_sha256(target) == sha256:
             return target
         _ask_licence(accept_licence)
         # Twice more for the images, which compress little and fill whole disk blocks.
@@ -272,7 +272,7 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(".jpg") and not name.startswith(".")
 
 
-def _sha256(path: str | Path) -> str:
+def file_sha256(path: str | Path) -> str:
     with open(path, "rb", buffering=0) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -393,7 +393,7 @@ def _fetch(url: str, part: Path, size: int, sha256: str) -> None:
             failure = error
             print(f"  interrupted: {_reason(error)}")
             continue
-        if _sha256(part) == sha256:
+        if file_sha256(part) == sha256:
             return
         part.unlink()
         failure = _Refused("the archive differs from the original (sha256)")

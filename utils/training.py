@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -63,10 +64,6 @@ def _gather(pixels: np.ndarray, rows: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.asarray(pixels[rows])).permute(0, 3, 1, 2)
 
 
-def _as_is(batch):
-    return batch
-
-
 class FaceBatches(L.LightningDataModule):
     """Batches of each process. The global batch is the same for any number of processes."""
 
@@ -86,9 +83,10 @@ class FaceBatches(L.LightningDataModule):
         return DataLoader(
             FaceRows(self.pixels, self.ages, rows, real),
             max(1, self.batch_size // self.trainer.world_size),
-            collate_fn=_as_is,
+            collate_fn=tuple,
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # leaves the random numbers of dropout alone
             **options,
         )
 
@@ -111,16 +109,19 @@ class FaceBatches(L.LightningDataModule):
 class AgeTask(L.LightningModule):
     """L1 loss in years, AdamW with a one-cycle learning rate, augmentation on the device."""
 
-    def __init__(self, model: AgeRegressor, settings: Settings, strengths: dict) -> None:
+    def __init__(
+        self, model: AgeRegressor, settings: Settings, steps: int, strengths: dict
+    ) -> None:
         super().__init__()
-        self.model, self.settings, self.strengths = model, settings, strengths
+        self.model, self.settings, self.steps, self.strengths = model, settings, steps, strengths
         self.train_mae, self.valid_mae = MeanAbsoluteError(), MeanAbsoluteError()
         self._recent: list[tuple[torch.Tensor, float]] = []
 
     def configure_optimizers(self) -> dict:
-        rate, steps = self.settings.learning_rate, self.trainer.estimated_stepping_batches
+        # Lightning's estimated_stepping_batches would start the loader before a resume is known.
+        rate = self.settings.learning_rate
         optimizer = torch.optim.AdamW(self.parameters(), rate, weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=int(steps))
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_epoch_start(self) -> None:
@@ -201,10 +202,9 @@ class EpochLog(L.Callback):
             logger.save()
         if self.show:
             _say(
-                "epoch {epoch}/{epochs}: train MAE {train_mae:.2f}, valid MAE {valid_mae:.2f} years"
-                ", {seconds:.0f} s, {images_per_second:.0f} images/s".format(
-                    epochs=trainer.max_epochs, **row
-                )
+                f"epoch {row['epoch']}/{trainer.max_epochs}: train MAE {row['train_mae']:.2f}, "
+                f"valid MAE {row['valid_mae']:.2f} years, {row['seconds']:.0f} s, "
+                f"{row['images_per_second']:.0f} images/s"
             )
 
 
@@ -302,11 +302,11 @@ def train(
     ages = batches.ages[batches.rows["train"]]
     fresh = replace(settings, pretrained=settings.pretrained and not last.is_file())
     model = build_model(fresh, float(ages.mean()), float(ages.std()) or 1.0)
-    task = AgeTask(model.to(memory_format=torch.channels_last), settings, strengths)
+    steps = len(ages) // batches.batch_size * settings.epochs
+    task = AgeTask(model.to(memory_format=torch.channels_last), settings, steps, strengths)
     if last.is_file():
         _say(f"{run.name}: resumed after its last whole epoch")
     version = len(list((run / "logs").glob("version_*")))
-    steps = len(ages) // batches.batch_size * settings.epochs
     callbacks = [
         _average(steps),
         EpochLog(show=not progress),
@@ -350,7 +350,7 @@ def train(
 
 
 def _processes(devices: int | None, num_nodes: int | None) -> tuple[int, int]:
-    if not torch.distributed.is_torchelastic_launched():
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
         return devices or 1, num_nodes or 1
     local = int(os.environ["LOCAL_WORLD_SIZE"])
     return local, int(os.environ["WORLD_SIZE"]) // local
@@ -448,7 +448,7 @@ def _quiet() -> Iterator[None]:
             log.setLevel(level)
 
 
-_say = rank_zero_only(print)
+_say = rank_zero_only(partial(print, flush=True))
 
 
 def history(run: Path) -> pd.DataFrame:
@@ -498,11 +498,11 @@ def predict(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """`python -m utils.training`, or torchrun -m utils.training for several processes."""
+    """`python -m utils.training`; `torchrun --nproc_per_node 2 -m utils.training` for two GPUs."""
     from utils.sources import load_faces
 
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--run", default="course", help="name of the run's folder")
+    parser.add_argument("--name", default="course", help="of the run's folder")
     parser.add_argument("--epochs", type=int, help="instead of the settings' number")
     parser.add_argument("--patience", type=int, help="stop after so many epochs without gain")
     parser.add_argument("--devices", type=int, help="processes on this machine, without torchrun")
@@ -513,13 +513,13 @@ def main(arguments: list[str] | None = None) -> None:
     train(
         load_faces(settings),
         settings,
-        settings.runs / given.run,
+        settings.runs / given.name,
         epochs=given.epochs,
         patience=given.patience,
         progress=not given.no_bar,
         devices=given.devices,
     )
-    _say(f"weights: {settings.runs / given.run / 'model.safetensors'}")
+    _say(f"weights: {settings.runs / given.name / 'model.safetensors'}")
 
 
 if __name__ == "__main__":
