@@ -18,7 +18,7 @@ help:
 	@echo "make test     unit tests and every notebook as a test, on the drawn sample"
 	@echo "make lab      open the course in JupyterLab"
 	@echo "make data     fetch UTKFace, or take FROM=folder-or-archive, and verify it"
-	@echo "make publish  run every notebook on UTKFace and write the committed outputs"
+	@echo "make publish  run every notebook on UTKFace, write the committed outputs and results"
 	@echo "make lint     check the code's style"
 	@echo "make clean    remove build/ and the drawn sample"
 
@@ -50,13 +50,14 @@ lab: $(READY)
 	@$(BIN)/jupyter lab notebooks
 
 data: $(READY)
-	@$(BIN)/python -m utils.sources $(if $(FROM),"$(FROM)")
+	@$(BIN)/python -m utils.sources $(if $(FROM),"$(FROM)") $(ARGS)
 
 publish: $(READY)
 	@for notebook in $(NOTEBOOKS); do \
 		echo "Publishing $$notebook ..."; \
 		AGE_FACES=utkface AGE_PUBLISH=1 $(EXECUTE) --inplace "$$notebook"; \
 	done
+	@$(BIN)/python -m utils.report
 	@echo "Done. Look at the notebooks and at figures/ before you commit them."
 
 clean:

@@ -1,5 +1,6 @@
 """For every test: where `utils` lies, how many threads, and what a failed notebook cell stops."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -29,7 +30,10 @@ class StopNotebook:
 def pytest_configure(config):
     # As a plugin of its own: a conftest's hooks do not see the items of other folders.
     config.pluginmanager.register(StopNotebook())
-    if hasattr(config, "workerinput"):  # a worker of xdist: the workers share the cores
+    if hasattr(config, "workerinput"):
+        # The workers of xdist share the cores, and so do the kernels that they start: with more
+        # threads than cores, PyTorch slows down tenfold and more.
+        os.environ["OMP_NUM_THREADS"] = "1"
         import torch
 
         torch.set_num_threads(1)
