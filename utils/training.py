@@ -502,7 +502,7 @@ def main(arguments: list[str] | None = None) -> None:
     from utils.sources import load_faces
 
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--name", default="course", help="of the run's folder")
+    parser.add_argument("--name", default="cnn_regression", help="of the run's folder")
     parser.add_argument("--epochs", type=int, help="instead of the settings' number")
     parser.add_argument("--patience", type=int, help="stop after so many epochs without gain")
     parser.add_argument("--devices", type=int, help="processes on this machine, without torchrun")
