@@ -273,6 +273,7 @@ def _is_image(name: str) -> bool:
 
 
 def file_sha256(path: str | Path) -> str:
+    """sha256 of a file's bytes, as hex digits."""
     with open(path, "rb", buffering=0) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
