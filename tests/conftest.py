@@ -39,6 +39,13 @@ def pytest_configure(config):
         torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def no_outer_settings(monkeypatch):
+    """The reader's own weights and switches decide no test."""
+    for name in ("AGE_BACKBONE_WEIGHTS", "AGE_BACKBONE_MEAN_STD", "AGE_DATA", "AGE_PUBLISH"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """Small batches gain nothing from more, and lose much on a busy machine."""

@@ -10,10 +10,12 @@ from safetensors.torch import save_file
 from torchvision.models import get_model
 
 import utils.model
-from utils.model import AgeRegressor, build_model, load_weights, save_weights
+from utils.model import HEADS, OLDEST, AgeRegressor, build_model, load_weights, save_weights
 from utils.settings import get_settings
 
-SETTINGS = replace(get_settings("sample"), backbone="mobilenet_v3_small", image_size=64)
+SETTINGS = replace(
+    get_settings("sample"), backbone="mobilenet_v3_small", image_size=64, head="regression"
+)
 FAMILIES = (
     "resnet18", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "densenet121",
     "shufflenet_v2_x0_5", "squeezenet1_1", "regnet_x_400mf", "convnext_tiny", "googlenet",
@@ -23,19 +25,14 @@ FAMILIES = (
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(autouse=True)
-def no_outer_weights(monkeypatch):
-    monkeypatch.delenv("AGE_BACKBONE_WEIGHTS", raising=False)
-    monkeypatch.delenv("AGE_BACKBONE_MEAN_STD", raising=False)
-
-
 @pytest.fixture
 def images() -> torch.Tensor:
     return torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_puts_out_ages(name, images, tmp_path, monkeypatch):
+def test_every_family_puts_out_ages(name, head, images, tmp_path, monkeypatch):
     """Head found, classifier of 1,000 classes dropped, everything else loaded, file readable."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
@@ -45,7 +42,7 @@ def test_every_family_puts_out_ages(name, images, tmp_path, monkeypatch):
         state = {key.replace(".norm1.", ".norm.1."): value for key, value in state.items()}
     torch.save(state, tmp_path / "weights.pth")
     monkeypatch.setenv("AGE_BACKBONE_WEIGHTS", str(tmp_path / "weights.pth"))
-    settings = replace(SETTINGS, backbone=name, pretrained=True)
+    settings = replace(SETTINGS, backbone=name, pretrained=True, head=head)
     model = build_model(settings, age_mean=40, age_scale=10).eval()
     key = next(key for key, value in state.items() if value.ndim == 4)
     assert torch.equal(model.backbone.state_dict()[key.replace(".norm.1.", ".norm1.")], state[key])
@@ -72,6 +69,18 @@ def test_output_is_in_years(images):
     model = AgeRegressor("mobilenet_v3_small", 64, age_mean=30, age_scale=5).eval()
     raw = model.backbone((images - model.mean) / model.std)
     assert torch.allclose(model(images), 30 + 5 * raw[:, 0])
+
+
+def test_a_distribution_becomes_its_mean():
+    model = AgeRegressor("resnet18", 64, age_mean=30, age_scale=5, head="distribution")
+    outputs = torch.full((2, OLDEST + 1), -50.0)
+    outputs[0, [20, 30]] = 0.0
+    outputs[1, OLDEST] = 0.0
+    assert torch.allclose(model.ages(outputs), torch.tensor([25.0, float(OLDEST)]), atol=1e-3)
+    start = model.eval().outputs(torch.zeros(1, 3, 64, 64)).softmax(1)[0]
+    mean = start @ model.years
+    spread = (start @ (model.years - mean) ** 2).sqrt()
+    assert mean == pytest.approx(30, abs=1) and spread == pytest.approx(5, abs=0.5)
 
 
 def test_the_seed_decides_the_first_weights_and_nothing_else():

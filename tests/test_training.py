@@ -28,10 +28,9 @@ from utils.training import AgeTask, history, predict, train
 # A small net with dropout, and one with batch norm, whose buffers need as much care.
 SETTINGS = replace(
     get_settings("sample"), backbone="squeezenet1_1", image_size=32, batch_size=8,
-    epochs=3, learning_rate=1e-3,
+    epochs=3, learning_rate=1e-3, head="regression",
 )  # fmt: skip
 BATCH_NORM = replace(SETTINGS, backbone="shufflenet_v2_x0_5", learning_rate=3e-3)
-STILL = dict(flip=0, rotate=0, scale=0, shift=0, brightness=0, contrast=0, saturation=0)
 SPLITS = ["train"] * 7 + ["valid"] + ["test"] + ["valid"]
 OPTIONS = dict(progress=False, precision="32-true")
 
@@ -168,7 +167,7 @@ def test_another_configuration_is_refused(faces, reference, monkeypatch):
     with pytest.raises(ValueError, match="epochs 3 there, 4 now"):
         train(faces, SETTINGS, run, epochs=4)
     with pytest.raises(ValueError, match="augmentation"):
-        train(faces, SETTINGS, run, augmentation=STILL)
+        train(faces, SETTINGS, run, augmentation={})
     moved = faces.table.assign(split=np.roll(faces.table["split"], 1))
     with pytest.raises(ValueError, match=r"\(faces"):
         train(faces._replace(table=moved), SETTINGS, run)
@@ -271,7 +270,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 sys.path[:0] = {paths}
-from test_training import BATCH_NORM, OPTIONS, SETTINGS, STILL, Spy, make_faces
+from test_training import BATCH_NORM, OPTIONS, SETTINGS, Spy, make_faces
 from utils import model, training
 
 def kill():
@@ -339,7 +338,7 @@ def test_two_processes_agree_with_one(faces, tmp_path, monkeypatch):
         "torch.nn.functional.dropout = lambda values, *_: values\n"
         "for settings in (SETTINGS, BATCH_NORM):\n"
         "    home = run / settings.backbone\n"
-        "    training.train(faces, settings, home, augmentation=STILL, **OPTIONS)",
+        "    training.train(faces, settings, home, augmentation={}, **OPTIONS)",
         "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
@@ -349,7 +348,7 @@ def test_two_processes_agree_with_one(faces, tmp_path, monkeypatch):
         assert kept["processes"] == 2
         assert mae(model, faces, "valid") == pytest.approx(kept["valid_mae"], abs=1e-3)
     monkeypatch.setattr(torch.nn.functional, "dropout", lambda values, *_: values)
-    train(faces, SETTINGS, tmp_path / "one", augmentation=STILL, **OPTIONS)
+    train(faces, SETTINGS, tmp_path / "one", augmentation={}, **OPTIONS)
     one, two = history(tmp_path / "one"), history(tmp_path / "run" / SETTINGS.backbone)
     for column in ("train_mae", "valid_mae", "learning_rate"):
         assert np.allclose(one[column], two[column], rtol=0.01), column
@@ -369,7 +368,7 @@ def test_non_finite_loss_stops_and_says_where(faces, tmp_path):
 def test_early_stop_stays_stopped(faces, tmp_path, capsys, monkeypatch):
     """With a learning rate of zero and no batch norm the valid MAE never gets better."""
     settings = replace(SETTINGS, learning_rate=0.0, epochs=5)
-    options = dict(patience=2, augmentation=STILL, **OPTIONS)
+    options = dict(patience=2, augmentation={}, **OPTIONS)
     with monkeypatch.context() as patch:
         patch.setattr(utils.training, "_export", lambda *arguments: None)
         with pytest.raises(FileNotFoundError):
@@ -388,7 +387,7 @@ def test_it_learns_a_few_faces_by_heart(faces, tmp_path):
     table = faces.table.iloc[rows].reset_index(drop=True)
     table["split"] = (["valid"] + ["train"] * 15) * 12
     few = Faces(table, faces.pixels[rows], faces.excluded)
-    model = train(few, SETTINGS, tmp_path / "run", epochs=10, augmentation=STILL, **OPTIONS)
+    model = train(few, SETTINGS, tmp_path / "run", epochs=10, augmentation={}, **OPTIONS)
     assert mae(model, few, "train") < 2 < 15 < np.abs(table["age"] - table["age"].mean()).mean()
 
 

@@ -23,7 +23,8 @@ from torchvision.models import get_model, get_model_weights, list_models
 from utils.settings import Settings
 
 FORMAT, VERSION = "face age regressor", 1
-HEADS = ("regression",)
+HEADS = ("regression", "distribution")
+OLDEST = 120  # years: last class of the distribution
 CROP = "UTKFace chip: eyes at x 0.29 and 0.69, y 0.29; mouth corners at x 0.32 and 0.65, y 0.68"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OFFLINE = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
@@ -34,9 +35,11 @@ OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.[a-z_
 class AgeRegressor(nn.Module):
     """Faces to ages in years with any classification backbone of torchvision.
 
-    `age_mean` and `age_scale` (years) put the untrained output near the mean age of the training
-    set: age = age_mean + age_scale * backbone(normalised image). `mean` and `std` are per colour
-    channel, for pixels in 0-1. `head` names how the output becomes an age.
+    `head` names how the output becomes an age. "regression": one number,
+    age = age_mean + age_scale * backbone(normalised image). "distribution": a probability for
+    each year from 0 to OLDEST, and the age is its mean (Gao et al., DLDL-v2, IJCAI 2018).
+    `age_mean` and `age_scale` (years) put the untrained output near the ages of the training set.
+    `mean` and `std` are per colour channel, for pixels in 0-1.
 
     Raises ValueError for a name that torchvision does not list, or an unknown head.
     """
@@ -56,16 +59,21 @@ class AgeRegressor(nn.Module):
             raise ValueError(f"head {head!r} is not known here: use one of {', '.join(HEADS)}")
         self.backbone_name, self.image_size, self.head = backbone, image_size, head
         self.origin = "random"  # where the backbone's first weights came from
-        self.backbone = _backbone(backbone, image_size)
+        outputs = 1 if head == "regression" else OLDEST + 1
+        self.backbone = _backbone(backbone, image_size, outputs)
         layers = {
             name: layer
             for name, layer in self.backbone.named_modules()
-            if isinstance(layer, nn.Linear | nn.Conv2d) and layer.weight.shape[0] == 1
+            if isinstance(layer, nn.Linear | nn.Conv2d) and layer.weight.shape[0] == outputs
         }
         self.last_layer, last = list(layers.items())[-1]
+        years = torch.arange(outputs, dtype=torch.float32)
+        self.register_buffer("years", years, persistent=False)
         nn.init.normal_(last.weight, std=0.01)
         if last.bias is not None:
             nn.init.zeros_(last.bias)
+            if head == "distribution":  # start from the normal curve of the training ages
+                last.bias.data.copy_(-((years - age_mean) ** 2) / (2 * age_scale**2))
         for name, value in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32).view(1, 3, 1, 1))
         self.register_buffer("age_mean", torch.tensor(float(age_mean)))
@@ -76,13 +84,22 @@ class AgeRegressor(nn.Module):
 
         Raises TypeError for integer pixels: 0-255 into ImageNet weights is a silent mistake.
         """
+        return self.ages(self.outputs(images))
+
+    def outputs(self, images: torch.Tensor) -> torch.Tensor:
+        """What the backbone puts out, float32: [B, 1], or logits of each year [B, OLDEST + 1]."""
         if not images.is_floating_point():
             raise TypeError(f"images are {images.dtype}: give floats in 0-1 (utils.augment.resize)")
-        raw = self.backbone((images - self.mean) / self.std).flatten(1).squeeze(1)
-        return self.age_mean + self.age_scale * raw.float()
+        return self.backbone((images - self.mean) / self.std).flatten(1).float()
+
+    def ages(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Ages in years [B] from `outputs`."""
+        if self.head == "regression":
+            return self.age_mean + self.age_scale * outputs.squeeze(1)
+        return outputs.softmax(1) @ self.years
 
 
-def _backbone(name: str, image_size: int) -> nn.Module:
+def _backbone(name: str, image_size: int, outputs: int) -> nn.Module:
     known = list_models(module=torchvision.models)
     if name not in known:
         raise ValueError(f"backbone {name!r} is not a torchvision classifier: {', '.join(known)}")
@@ -95,7 +112,7 @@ def _backbone(name: str, image_size: int) -> nn.Module:
     elif name.startswith("maxvit"):
         options = dict(input_size=(image_size, image_size))
     try:
-        model = get_model(name, weights=None, num_classes=1, **options)
+        model = get_model(name, weights=None, num_classes=outputs, **options)
     except (ValueError, AssertionError, RuntimeError) as error:
         raise ValueError(f"{name} cannot be built for {image_size} px images: {error}") from error
     if name.startswith("squeezenet"):
@@ -138,7 +155,9 @@ def build_model(
             )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.seed)
-        model = AgeRegressor(name, size, tuple(mean), tuple(std), age_mean, age_scale)
+        model = AgeRegressor(
+            name, size, tuple(mean), tuple(std), age_mean, age_scale, settings.head
+        )
     if state is not None:
         _fill(model, state, origin)
         model.origin = origin

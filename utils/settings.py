@@ -26,6 +26,7 @@ class Settings:
     epochs: int
     batch_size: int
     learning_rate: float  # highest rate of the one-cycle schedule
+    head: str  # "regression" or "distribution": see utils.model
     seed: int = 0
 
     def __str__(self) -> str:
@@ -72,11 +73,11 @@ def get_settings(faces: str | None = None) -> Settings:
     if faces == "sample":
         return Settings(
             faces, **paths, image_size=64, backbone="resnet18", pretrained=False,
-            epochs=8, batch_size=64, learning_rate=2e-3,
+            epochs=8, batch_size=64, learning_rate=2e-3, head="distribution",
         )  # fmt: skip
     return Settings(
         faces, **paths, image_size=112, backbone="mobilenet_v2", pretrained=True,
-        epochs=6, batch_size=64, learning_rate=5e-4,
+        epochs=14, batch_size=64, learning_rate=5e-4, head="distribution",
     )  # fmt: skip
 
 
