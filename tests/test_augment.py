@@ -44,7 +44,7 @@ def test_the_generator_decides_and_images_differ(pixels):
     views = augment(same, 48, generator(), **ALL)
     assert torch.equal(views, augment(same, 48, generator(), **ALL))
     assert not torch.equal(views, augment(same, 48, generator(1), **ALL))
-    assert all(not torch.allclose(views[0], views[i]) for i in range(1, 16))
+    assert all(not torch.allclose(views[0], views[i]) for i in range(1, 16)), "each its own view"
 
 
 def test_zero_strength_is_the_identity(pixels):
@@ -102,7 +102,8 @@ def test_light_stays_within_its_strength_and_reaches_it():
     flat = torch.full((2000, 3, 4, 4), 0.3)
     gain = augment(flat, 4, generator(), brightness=1.0)[:, 0, 0, 0] / 0.3
     assert 0.5 <= gain.min() < 0.51 and 1.96 < gain.max() <= 2.0
-    assert ((gain - 1).abs() < 0.2).float().mean() > 0.45, "mild changes are the frequent ones"
+    assert (gain == 1).float().mean() == pytest.approx(0.5, abs=0.04), "half keep their light"
+    assert ((gain - 1).abs() < 0.2).float().mean() > 0.7, "mild changes are the frequent ones"
     for strength in ({"contrast": 0.9}, {"saturation": 0.9}):  # a grey image stays as it is
         assert (augment(flat, 4, generator(), **strength) - 0.3).abs().max() < 1e-5
     tinted = augment(flat, 4, generator(), cast=0.5)[:, :, 0, 0] / 0.3
@@ -111,7 +112,7 @@ def test_light_stays_within_its_strength_and_reaches_it():
     assert torch.allclose(tinted[:, 1], torch.tensor(1.0))
     power = augment(flat, 4, generator(), gamma=1.0)[:, 0, 0, 0].log() / torch.tensor(0.3).log()
     assert 0.499 < power.min() < 0.52 and 1.9 < power.max() < 2.001
-    assert ((power - 1).abs() < 1e-4).float().mean() == pytest.approx(0.7, abs=0.04)
+    assert ((power - 1).abs() < 1e-4).float().mean() == pytest.approx(0.75, abs=0.04)
 
 
 def test_contrast_and_saturation_turn_about_the_grey(pixels):
@@ -129,7 +130,7 @@ def test_a_shadow_falls_from_one_side():
     flat = torch.full((400, 3, 16, 16), 0.8)
     views = augment(flat, 16, generator(), shadow=0.8)[:, 0]
     shaded = (views - 0.8).abs().amax((1, 2)) > 1e-4
-    assert shaded.float().mean() == pytest.approx(0.3, abs=0.07)
+    assert shaded.float().mean() == pytest.approx(0.25, abs=0.07)
     views = views[shaded]
     assert views.amax((1, 2)).min() > 0.79, "one corner or side keeps its light"
     assert 0.15 < views.amin((1, 2)).min() < 0.25
@@ -142,7 +143,7 @@ def test_a_camera_fault_spoils_its_share_and_no_other_image(name):
     sharp = (torch.rand(400, 3, 48, 48, generator=generator()) > 0.5).float() * 0.5 + 0.25
     views = augment(sharp, 48, generator(), **{name: QUALITY[name]})
     change = (views - sharp).abs().mean((1, 2, 3))
-    assert (change > 1e-4).float().mean() == pytest.approx(1 / 8, abs=0.05)
+    assert (change > 1e-4).float().mean() == pytest.approx(0.1, abs=0.05)
     assert (views.mean((1, 2, 3)) - 0.5).abs().max() < 0.06, "a fault keeps the brightness"
     spread = views.std((1, 2, 3))[change > 0.01]
     if name == "noise":

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 
 LUMA = (0.299, 0.587, 0.114)  # weights of R, G, B in grey (ITU-R BT.601)
+SPOILT = 0.5  # share of images whose light and quality change; the others keep theirs
 FAULTS = 4  # of the camera: blur, resolution, jpeg, noise
-FAULTY = 0.5  # share of images with one of them
-SHADOWED, ERASED = 0.3, 0.25  # shares of images with a shadow, with an erased square
+FAULTY, SHADOWED, BENT = 0.8, 0.5, 0.5  # of the spoilt: with a fault, a shadow, another gamma
+ERASED = 0.25  # share of images with an erased square
 
 # Strengths by family; chapter 03 shows what each of them is worth.
 GEOMETRY = dict(flip=0.5, rotate=15.0, scale=0.15, shift=0.05)
@@ -49,13 +50,13 @@ def augment(
     Geometry: `flip` is a probability, `rotate` degrees, `shift` a fraction of the side; `scale`,
     `brightness`, `contrast` and `gamma` bound a factor or exponent by 1 / (1 + s) and 1 + s.
     Light: `saturation` bounds a factor by 1 - s and 1 + s, `cast` the gain of red against blue,
-    `shadow` the light lost at one side. Quality, one fault on half of the images: `blur` bounds
-    the standard deviation as a fraction of the side (in one direction or in both), `resolution`
-    the share of the side's pixels lost, `jpeg` the loss of quality (0.9: down to 10 of 100),
-    `noise` the standard deviation. `erase` bounds the side of a grey square.
+    `shadow` the light lost at one side. Quality, at most one fault an image: `blur` bounds the
+    standard deviation as a fraction of the side (in one direction or in both), `resolution` the
+    share of the side's pixels lost, `jpeg` the loss of quality (0.9: down to 10 of 100), `noise`
+    the standard deviation. `erase` bounds the side of a grey square.
 
     Each image draws its own parameters, from `generator` alone: the same state gives the same
-    batch. Light and contrast are drawn so that mild changes are frequent and strong ones rare.
+    batch. Light and quality change on the share SPOILT of the images, most of them mildly.
     Strengths of zero only resize.
     """
     pixels = _unit(pixels)
@@ -65,7 +66,9 @@ def augment(
     count, device = len(pixels), pixels.device
     draws = torch.rand(count, 23, generator=generator, device=generator.device).to(device)
     signed = (2 * draws - 1).view(count, 23, 1, 1)
-    rare = signed * signed.abs()  # strong values seldom
+    spoilt = draws[:, 17] < SPOILT
+    some = signed * spoilt.view(count, 1, 1, 1)
+    rare = some * some.abs()  # strong values seldom
 
     mirror = torch.where(draws[:, :1] < flip, -1.0, 1.0).view(count, 1, 1)
     angle, zoom = math.radians(rotate) * signed[:, 1], (1 + scale) ** signed[:, 2]
@@ -81,7 +84,7 @@ def augment(
     luma = torch.tensor(LUMA, device=device)
     light = (1 + brightness) ** rare[:, 5]
     spread = light * (1 + contrast) ** rare[:, 6]
-    colour = 1 + saturation * signed[:, 7]
+    colour = 1 + saturation * some[:, 7]
     matrix = colour * torch.eye(3, device=device) + (1 - colour) * luma
     tint = 1 + cast * rare[:, 8] * torch.tensor([[1.0], [0.0], [-1.0]], device=device)
     mean_grey = (views.mean(2) @ luma).view(-1, 1, 1)  # what contrast turns about
@@ -89,18 +92,18 @@ def augment(
     views = views.clamp_(0, 1).view(count, 3, image_size, image_size)
 
     if gamma:
-        chosen = draws[:, 9] < SHADOWED
+        chosen = spoilt & (draws[:, 9] < BENT)
         views[chosen] = views[chosen] ** (1 + gamma) ** signed[chosen, 10, None]
     if shadow:
-        chosen = draws[:, 11] < SHADOWED
+        chosen = spoilt & (draws[:, 11] < SHADOWED)
         views[chosen] *= _shadow(draws[chosen, 12], shadow * draws[chosen, 13], image_size)
     fault = (draws[:, 14] * FAULTS / FAULTY).long()
     for number, (strength, spoil) in enumerate(
         ((blur, _blur), (resolution, _shrink), (jpeg, _compress), (noise, _noise))
     ):
-        chosen = fault == number
+        chosen = spoilt & (fault == number)
         if strength and chosen.any():
-            views[chosen] = spoil(views[chosen], strength, draws[chosen, 15:18], generator)
+            views[chosen] = spoil(views[chosen], strength, draws[chosen, 15:17], generator)
     if erase:
         chosen = draws[:, 18] < ERASED
         views[chosen] = _erase(views[chosen], erase, draws[chosen, 19:])

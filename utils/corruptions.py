@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -73,3 +75,9 @@ def corrupt(
         inside = inside & (across >= left) & (across < left + amount * width)
         images = torch.where(inside, 0.5, images)
     return images.clamp(0, 1)
+
+
+def spoiler(name: str, severity: int, seed: int = 0) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`corrupt` with a generator of its own, as `utils.training.predict` takes it."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda chips: corrupt(chips, name, severity, generator)

@@ -180,10 +180,15 @@ def _decode(entry: os.DirEntry) -> str | tuple[bytes, dict]:
         **labels,
         "sha256": hashlib.sha256(data).hexdigest(),
         "dhash": difference_hash(grey),
-        "brightness": round(float(grey.mean()), 2),
-        "sharpness": round(float(cv2.Laplacian(grey, cv2.CV_32F).var()), 2),
+        **quality(grey),
     }
     return chip.tobytes(), row
+
+
+def quality(grey: np.ndarray) -> dict[str, float]:
+    """Brightness (mean, 0-255) and sharpness (variance of the Laplacian) of uint8 [h, w]."""
+    sharpness = cv2.Laplacian(grey, cv2.CV_32F).var()
+    return {"brightness": round(float(grey.mean()), 2), "sharpness": round(float(sharpness), 2)}
 
 
 def decode(data: bytes) -> torch.Tensor:

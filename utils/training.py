@@ -118,7 +118,7 @@ def distribution_loss(
 
 
 class AgeTask(L.LightningModule):
-    """L1 loss in years (and the distribution's, where the head has one), AdamW with a one-cycle learning rate, augmentation on the device."""
+    """Loss in years, AdamW with a one-cycle learning rate, augmentation on the device."""
 
     def __init__(
         self, model: AgeRegressor, settings: Settings, steps: int, strengths: dict
