@@ -14,6 +14,7 @@ from utils.evaluation import (
     label_noise,
     label_pairs,
     mean_interval,
+    ratio_interval,
     metrics,
     metrics_by,
     record,
@@ -33,6 +34,19 @@ def predictions() -> pd.DataFrame:
 
 def width(figure: dict) -> float:
     return figure["high"] - figure["low"]
+
+
+def test_ratio_is_of_the_same_faces():
+    """A ratio that is the same for every face has no width; clusters widen it otherwise."""
+    rng = np.random.default_rng(0)
+    base = rng.gamma(2, 2, 300)
+    same = ratio_interval(1.5 * base, base, pd.Series(range(300)))
+    assert [same[key] for key in ("value", "low", "high")] == pytest.approx([1.5] * 3)
+    other = rng.gamma(2, 3, 300)
+    figure = ratio_interval(other, base, pd.Series(range(300)))
+    assert figure["value"] == pytest.approx(other.mean() / base.mean()) and figure["n"] == 300
+    spread = figure["value"] * np.sqrt(sum((v.std() / v.mean()) ** 2 / 300 for v in (other, base)))
+    assert figure["high"] - figure["low"] == pytest.approx(2 * 1.96 * spread, rel=0.15)
 
 
 def test_metrics_by_hand():

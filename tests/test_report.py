@@ -6,25 +6,31 @@ import pandas as pd
 import pytest
 
 from utils.evaluation import metrics
-from utils.report import readme_with
+from utils.report import MODEL_CARD, README, pages, with_block
 from utils.settings import ROOT
 
 RESULTS = json.loads((ROOT / "figures" / "results.json").read_text())
-README = (ROOT / "README.md").read_text("utf-8")
 
 
-def test_readme_shows_the_results():
-    assert readme_with(RESULTS, README) == README
+@pytest.mark.parametrize("page", [README, MODEL_CARD], ids=["README", "model card"])
+def test_the_pages_show_the_results(page):
+    assert pages(RESULTS)[page] == page.read_text("utf-8")
 
 
-def test_a_changed_result_changes_the_readme():
+def test_a_changed_result_changes_the_pages():
     other = RESULTS | {"test_mae": RESULTS["test_mae"] | {"value": 1.23}}
-    assert "1.23 [" in readme_with(other, README)
+    assert all("1.23 [" in text for text in pages(other).values())
+
+
+def test_a_group_too_small_is_not_compared():
+    few = RESULTS["mae_by_gender"]["male"] | {"n": 12, "value": 7.77}
+    text = pages(RESULTS | {"mae_by_gender": {"male": few}})[MODEL_CARD]
+    assert "too few faces (12)" in text and "7.77" not in text
 
 
 def test_lost_block_is_an_error():
-    with pytest.raises(ValueError, match="results block"):
-        readme_with(RESULTS, "# no block")
+    with pytest.raises(ValueError, match="README.md has lost its results block"):
+        with_block("# no block", "", "README.md")
 
 
 def test_figures_can_be_recomputed_from_the_predictions():

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from utils.evaluation import label_noise, label_pairs
 from utils.faces import Faces, near_duplicates, prepare, split_digest
-from utils.settings import ROOT
-from utils.sources import check, unpack
+from utils.model import load_weights
+from utils.settings import CHECKPOINT, ROOT
+from utils.sources import check, file_sha256, unpack
+from utils.training import predict
 
 ARCHIVE = os.environ.get("UTKFACE_ARCHIVE")
 pytestmark = pytest.mark.skipif(not ARCHIVE, reason="needs UTKFACE_ARCHIVE, UTKFace's own archive")
@@ -111,3 +114,18 @@ def test_the_split_is_the_published_one(run):
     if "split" not in digests:
         pytest.skip("figures/results.json holds no split digest yet")
     assert split_digest(run.faces.table) == digests["split"]
+
+
+def test_the_published_weights_give_the_published_error(run):
+    """From the images to the MAE, with the checkpoint of this repository."""
+    results = json.loads((ROOT / "figures" / "results.json").read_text())
+    assert file_sha256(CHECKPOINT) == results["digests"]["checkpoint"]
+    table = run.faces.table
+    test = table[table["split"] == "test"]
+    model, facts = load_weights(CHECKPOINT)
+    assert facts["split_digest"] == split_digest(table)
+    ages = predict(model, run.faces.pixels, test.index, flip=True)
+    mae = np.abs(ages - test["age"]).mean()
+    assert mae == pytest.approx(results["test_mae"]["value"], abs=0.02)
+    shipped = pd.read_csv(ROOT / "figures" / "predictions_test.csv").set_index("file")["predicted"]
+    assert np.abs(ages - shipped[test["file"]].to_numpy()).max() < 0.1

@@ -33,16 +33,30 @@ def mean_interval(values: np.ndarray, groups: pd.Series, draws: int = DRAWS) -> 
     values = np.asarray(values, dtype=float)
     if not len(values):
         return {"value": np.nan, "low": np.nan, "high": np.nan, "n": 0}
-    codes = pd.factorize(groups)[0]
-    sums, sizes = np.bincount(codes, values), np.bincount(codes)
-    rng = np.random.default_rng(0)
-    share = np.full(len(sums), 1 / len(sums))
-    means = np.empty(draws)
-    for i in range(draws):
-        weight = rng.multinomial(len(sums), share)
-        means[i] = weight @ sums / (weight @ sizes)
-    low, high = np.quantile(means, [0.025, 0.975])
+    low, high = np.quantile(_resampled(groups, draws, values)[0], [0.025, 0.975])
     return {"value": values.mean(), "low": low, "high": high, "n": len(values)}
+
+
+def ratio_interval(
+    values: np.ndarray, base: np.ndarray, groups: pd.Series, draws: int = DRAWS
+) -> dict:
+    """Mean of `values` over the mean of `base`, both of the same faces, as `mean_interval` does."""
+    above, below = _resampled(groups, draws, np.asarray(values), np.asarray(base))
+    low, high = np.quantile(above / below, [0.025, 0.975])
+    return {"value": np.mean(values) / np.mean(base), "low": low, "high": high, "n": len(values)}
+
+
+def _resampled(groups: pd.Series, draws: int, *columns: np.ndarray) -> np.ndarray:
+    """Means [columns, draws] of each column over the same resamples of whole groups."""
+    codes = pd.factorize(groups)[0]
+    sizes = np.bincount(codes)
+    sums = np.stack([np.bincount(codes, column) for column in columns])
+    rng, share = np.random.default_rng(0), np.full(len(sizes), 1 / len(sizes))
+    means = np.empty((len(columns), draws))
+    for i in range(draws):
+        weight = rng.multinomial(len(sizes), share)
+        means[:, i] = sums @ weight / (weight @ sizes)
+    return means
 
 
 def metrics(predictions: pd.DataFrame) -> pd.DataFrame:
@@ -106,7 +120,7 @@ def as_figures(table: pd.DataFrame) -> dict:
 
 def _plain(value):
     if isinstance(value, pd.Series):
-        return value.to_dict()
+        return {key: int(v) if key == "n" else v for key, v in value.items()}
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError(f"cannot be written to results.json: {type(value).__name__}")

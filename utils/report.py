@@ -1,4 +1,7 @@
-"""Writes the README's results table from figures/results.json (`python -m utils.report`)."""
+"""Writes the results into the README and the model card, from figures/results.json.
+
+python -m utils.report
+"""
 
 from __future__ import annotations
 
@@ -6,52 +9,84 @@ import json
 import re
 
 from utils.evaluation import SMALL, show
-from utils.settings import ROOT
+from utils.settings import CHECKPOINT, ROOT
 
-README = ROOT / "README.md"
+README, MODEL_CARD = ROOT / "README.md", CHECKPOINT.parent / "README.md"
+MEAN = "mean of the ten"  # a row of results["corruption_ratio"]
 BLOCK = re.compile(r"(<!-- results: .*? -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 
-def results_table(results: dict) -> str:
-    """Markdown of the published figures, each with its 95 % interval and number of faces.
-
-    Groups of fewer than SMALL faces are named as too small instead of being compared.
-    """
-    train = results["training"]
+def headline(results: dict) -> str:
+    """Markdown of the main figures, each with its 95 % interval and number of faces."""
+    ratios = results["corruption_ratio"]
+    worst = max((name for name in ratios if name != MEAN), key=lambda name: ratios[name]["value"])
     rows = [
         ("**Test MAE (years)**", f"**{show(results['test_mae'])}**"),
         ("Within 5 years (CS@5, %)", show(_percent(results["test_cs5"]), 1)),
         ("Bias (predicted minus labelled, years)", show(results["test_bias"])),
         ("*Predicting the median age for everyone*", show(results["baseline_constant_mae"])),
         ("*MAE that label noise alone would give*", show(results["label_noise_mae"]) + " pairs"),
+        ("MAE on the split of CORAL, ages 21-60", show(results["coral_test_mae"])),
+        ("Error in bad light or quality, over clean: mean of ten kinds", show(ratios[MEAN])),
+        (f"The worst of the ten: {worst}", show(ratios[worst])),
     ]
-    for title, key in (
-        ("Aged", "mae_by_age_band"),
-        ("", "mae_by_ethnicity"),
-        ("", "mae_by_gender"),
-    ):
+    return f"{_table('UTKFace, test split', rows)}\n\n{_training(results['training'])}"
+
+
+def details(results: dict) -> str:
+    """Markdown of the error by group, and under each corruption.
+
+    Groups of fewer than SMALL faces are named as too small instead of being compared.
+    """
+    rows = []
+    for key in ("mae_by_age_band", "mae_by_ethnicity", "mae_by_gender"):
+        title = key.removeprefix("mae_by_").replace("_", " ").capitalize()
         for name, figure in results[key].items():
             small = figure["n"] < SMALL
             text = f"too few faces ({figure['n']}) to compare" if small else show(figure)
-            rows.append((f"MAE: {title} {name}".replace("  ", " "), text))
-    table = "\n".join(["| UTKFace, test split | value [95 % interval] |", "|---|---|"]
-                      + [f"| {name} | {value} |" for name, value in rows])  # fmt: skip
+            rows.append((f"{title}: {name}", text))
+    groups = _table("MAE (years) on the test split", rows)
+    spoilt, ratios = results["corruption_mae"], results["corruption_ratio"]
+    lines = []
+    for name, figures in spoilt.items():
+        cells = [f"{figures[str(severity)]['value']:.2f}" for severity in range(1, 6)]
+        cells.append(f"{ratios[name]['value']:.2f}" if name in ratios else "")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    clean = show(results["corruption_clean"]["augmented"])
     return (
-        f"{table}\n\n"
+        f"{groups}\n\nMAE (years) of spoilt test faces by severity, without flip averaging (clean: "
+        f"{clean}):\n\n| corruption | 1 | 2 | 3 | 4 | 5 | severity 3 over clean |\n"
+        "|---|---|---|---|---|---|---|\n" + "\n".join(lines)
+    )
+
+
+def _table(title: str, rows: list[tuple[str, str]]) -> str:
+    lines = [f"| {title} | value [95 % interval] |", "|---|---|"]
+    return "\n".join(lines + [f"| {name} | {value} |" for name, value in rows])
+
+
+def _training(train: dict) -> str:
+    return (
         f"{train['backbone']} at {train['image_size']} px, {train['epochs']} epochs, "
         f"{train['seconds'] / 60:.0f} minutes on {train['device']} "
         f"({train['images_per_second']:.0f} images/s), first weights: {train['origin']}."
     )
 
 
-def readme_with(results: dict, text: str) -> str:
-    """The README's text with its results block written anew.
+def with_block(text: str, block: str, name: str = "the file") -> str:
+    """`text` with the part between its two results comments written anew.
 
-    Raises ValueError where the block's two comment lines are missing.
+    Raises ValueError where the comments are missing.
     """
     if not BLOCK.search(text):
-        raise ValueError(f"{README.name} has lost its results block: <!-- results: --> ... ")
-    return BLOCK.sub(lambda m: f"{m[1]}{results_table(results)}\n{m[2]}", text)
+        raise ValueError(f"{name} has lost its results block: <!-- results: --> ... ")
+    return BLOCK.sub(lambda m: f"{m[1]}{block}\n{m[2]}", text)
+
+
+def pages(results: dict) -> dict:
+    """The text of the README and of the model card, with these results in their blocks."""
+    blocks = {README: headline(results), MODEL_CARD: headline(results) + "\n\n" + details(results)}
+    return {p: with_block(p.read_text("utf-8"), block, p.name) for p, block in blocks.items()}
 
 
 def _percent(figure: dict) -> dict:
@@ -60,5 +95,6 @@ def _percent(figure: dict) -> dict:
 
 if __name__ == "__main__":
     published = json.loads((ROOT / "figures" / "results.json").read_text())
-    README.write_text(readme_with(published, README.read_text("utf-8")), "utf-8")
-    print(f"{README.name}: results written from figures/results.json")
+    for page, text in pages(published).items():
+        page.write_text(text, "utf-8")
+        print(f"{page.relative_to(ROOT)}: results written from figures/results.json")

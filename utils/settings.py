@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+CHECKPOINT = ROOT / "data" / "checkpoints" / "age_utkface.safetensors"  # the published weights
 CHIP_SIZE = 128  # px: side of a face in the pixel cache
 
 

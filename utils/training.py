@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 from utils.augment import STANDARD, augment, resize
 from utils.faces import Faces, split_digest
 from utils.model import AgeRegressor, build_model, load_weights, save_weights, write_atomically
-from utils.settings import Settings, get_settings
+from utils.settings import CHECKPOINT, Settings, get_settings
 
 LABEL_SPREAD = 2.0  # years: standard deviation of the distribution about a label
 CHECK_EVERY = 20  # steps between looks at the loss: each look makes a GPU wait
@@ -440,7 +440,8 @@ def _export(
     weights = {key.removeprefix("model."): value for key, value in best["state_dict"].items()}
     model.load_state_dict(weights)
     log = history(run).set_index("epoch")
-    cpu = f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    cpu = f"CPU, {threads} thread{'s' * (threads > 1)}"
     save_weights(
         model,
         run / "model.safetensors",
@@ -479,6 +480,23 @@ def _quiet() -> Iterator[None]:
 
 
 _say = rank_zero_only(partial(print, flush=True))
+
+
+def trained_model(faces: Faces, settings: Settings, progress: bool = True) -> AgeRegressor:
+    """The network of notebook 4: your own run of it, else the published weights if the faces are
+    UTKFace's, else a training now."""
+    run = settings.runs / "cnn_regression"
+    if settings.faces == "utkface" and CHECKPOINT.is_file():
+        if not (run / "configuration.json").is_file():
+            model, facts = load_weights(CHECKPOINT)
+            if facts["split_digest"] != split_digest(faces.table):
+                raise ValueError(
+                    f"{CHECKPOINT.name} was trained on another split of UTKFace and may know "
+                    "your test faces: train your own model in notebook 4"
+                )
+            _say(f"published weights, valid MAE {facts['valid_mae']:.2f} years; loaded")
+            return model
+    return train(faces, settings, run, progress=progress)
 
 
 def history(run: Path) -> pd.DataFrame:
