@@ -14,9 +14,9 @@ from utils.evaluation import (
     label_noise,
     label_pairs,
     mean_interval,
-    ratio_interval,
     metrics,
     metrics_by,
+    ratio_interval,
     record,
     show,
 )

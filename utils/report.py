@@ -52,7 +52,7 @@ def details(results: dict) -> str:
         cells = [f"{figures[str(severity)]['value']:.2f}" for severity in range(1, 6)]
         cells.append(f"{ratios[name]['value']:.2f}" if name in ratios else "")
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    clean = show(results["corruption_clean"]["augmented"])
+    clean = show(results["corruption_clean"]["shipped"])
     return (
         f"{groups}\n\nMAE (years) of spoilt test faces by severity, without flip averaging (clean: "
         f"{clean}):\n\n| corruption | 1 | 2 | 3 | 4 | 5 | severity 3 over clean |\n"

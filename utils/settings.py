@@ -86,7 +86,7 @@ def comparison_settings(settings: Settings) -> Settings:
     """The same at a fraction of the cost, for training many variants at one equal budget."""
     if settings.faces == "utkface":
         return replace(settings, image_size=64, epochs=4)
-    return replace(settings, image_size=32, epochs=4)
+    return replace(settings, image_size=32, epochs=3)
 
 
 def banner(settings: Settings) -> str:
