@@ -80,7 +80,7 @@ def test_a_distribution_becomes_its_mean():
     start = model.eval().outputs(torch.zeros(1, 3, 64, 64)).softmax(1)[0]
     mean = start @ model.years
     spread = (start @ (model.years - mean) ** 2).sqrt()
-    assert mean == pytest.approx(30, abs=1) and spread == pytest.approx(5, abs=0.5)
+    assert mean.item() == pytest.approx(30, abs=1) and spread.item() == pytest.approx(5, abs=0.5)
 
 
 def test_the_seed_decides_the_first_weights_and_nothing_else():

@@ -37,6 +37,7 @@ from utils.model import AgeRegressor, build_model, load_weights, save_weights, w
 from utils.settings import CHECKPOINT, Settings, get_settings
 
 LABEL_SPREAD = 2.0  # years: standard deviation of the distribution about a label
+GROUP_RATE = 0.001  # how fast the shares of groups follow their losses (in years)
 CHECK_EVERY = 20  # steps between looks at the loss: each look makes a GPU wait
 COLUMNS = ["epoch", "train_mae", "valid_mae", "learning_rate", "seconds", "images_per_second"]
 NOISE = (  # understood: each is on purpose, or Lightning's own affair
@@ -59,19 +60,40 @@ class FaceRows(Dataset):
     def __getitems__(self, places: list[int]) -> tuple[torch.Tensor, ...]:
         rows = self.rows[places]
         ages, real = torch.from_numpy(self.ages[rows]), torch.from_numpy(self.real[places])
-        return _gather(self.pixels, rows), ages, real
+        return _gather(self.pixels, rows), ages, real, torch.from_numpy(rows)
 
 
 def _gather(pixels: np.ndarray, rows: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.asarray(pixels[rows])).permute(0, 3, 1, 2)
 
 
+class WeightedSampler(DistributedSampler):
+    """An epoch of draws with replacement, each place as often as its weight says."""
+
+    def __init__(self, weights: np.ndarray, *arguments, **options) -> None:
+        super().__init__(weights, *arguments, **options)
+        self.weights = torch.from_numpy(np.asarray(weights, np.float64))
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        drawn = torch.multinomial(self.weights, self.total_size, True, generator=generator)
+        return iter(drawn[self.rank :: self.num_replicas].tolist())
+
+
 class FaceBatches(L.LightningDataModule):
     """Batches of each process. The global batch is the same for any number of processes."""
 
-    def __init__(self, faces: Faces, batch_size: int, seed: int, workers: int) -> None:
+    def __init__(
+        self,
+        faces: Faces,
+        batch_size: int,
+        seed: int,
+        workers: int,
+        sampling: np.ndarray | None = None,
+    ) -> None:
         super().__init__()
         self.pixels, self.seed, self.workers = faces.pixels, seed, workers
+        self.sampling = sampling
         self.ages = faces.table["age"].to_numpy(np.float32)
         self.rows = {
             part: np.flatnonzero(faces.table["split"] == part) for part in ("train", "valid")
@@ -94,8 +116,13 @@ class FaceBatches(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         rows = self.rows["train"]
-        sampler = DistributedSampler(
-            rows, self.trainer.world_size, self.trainer.global_rank, seed=self.seed, drop_last=True
+        kind = DistributedSampler if self.sampling is None else WeightedSampler
+        sampler = kind(
+            rows if self.sampling is None else self.sampling[rows],
+            self.trainer.world_size,
+            self.trainer.global_rank,
+            seed=self.seed,
+            drop_last=True,
         )
         # Loader processes fetch ahead, before Lightning tells the sampler which epoch it resumes.
         sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
@@ -111,19 +138,30 @@ class FaceBatches(L.LightningDataModule):
 def distribution_loss(
     outputs: torch.Tensor, ages: torch.Tensor, years: torch.Tensor
 ) -> torch.Tensor:
-    """Kullback-Leibler divergence, mean over the batch, of the predicted distribution (logits
-    [B, years]) from a normal curve of LABEL_SPREAD years about each label (Gao et al., 2018)."""
+    """Kullback-Leibler divergence [B] of the predicted distributions (logits [B, years]) from a
+    normal curve of LABEL_SPREAD years about each label (Gao et al., 2018)."""
     wanted = (-((years - ages.unsqueeze(1)) ** 2) / (2 * LABEL_SPREAD**2)).softmax(1)
-    return F.kl_div(outputs.log_softmax(1), wanted, reduction="batchmean")
+    return F.kl_div(outputs.log_softmax(1), wanted, reduction="none").sum(1)
 
 
 class AgeTask(L.LightningModule):
     """Loss in years, AdamW with a one-cycle learning rate, augmentation on the device."""
 
     def __init__(
-        self, model: AgeRegressor, settings: Settings, steps: int, strengths: dict
+        self,
+        model: AgeRegressor,
+        settings: Settings,
+        steps: int,
+        strengths: dict,
+        weights: np.ndarray | None = None,
+        groups: np.ndarray | None = None,
     ) -> None:
         super().__init__()
+        self.weights = None if weights is None else torch.tensor(weights, dtype=torch.float32)
+        self.groups = None if groups is None else torch.tensor(groups)
+        if groups is not None:  # how much each group counts: changes as training goes on
+            count = int(groups.max()) + 1
+            self.register_buffer("shares", torch.full((count,), 1 / count))
         self.model, self.settings, self.steps, self.strengths = model, settings, steps, strengths
         self.train_mae, self.valid_mae = MeanAbsoluteError(), MeanAbsoluteError()
         self._recent: list[tuple[torch.Tensor, float]] = []
@@ -144,19 +182,25 @@ class AgeTask(L.LightningModule):
 
     def on_after_batch_transfer(self, batch: tuple, dataloader_idx: int) -> tuple:
         """Pixels to views, outside autocast: bfloat16 would blur the colours."""
-        pixels, ages, real = batch
+        pixels, *rest = batch
         size = self.model.image_size
         if self.trainer.training:
-            return augment(pixels, size, self._generator, **self.strengths), ages, real
-        return resize(pixels, size), ages, real
+            return augment(pixels, size, self._generator, **self.strengths), *rest
+        return resize(pixels, size), *rest
 
     def training_step(self, batch: tuple, step: int) -> torch.Tensor:
-        images, ages, _ = batch
+        images, ages, _, rows = batch
         outputs = self.model.outputs(images)
         predicted = self.model.ages(outputs)
-        loss = F.l1_loss(predicted, ages)
+        losses = F.l1_loss(predicted, ages, reduction="none")
         if self.model.head == "distribution":
-            loss = loss + distribution_loss(outputs, ages, self.model.years)
+            losses = losses + distribution_loss(outputs, ages, self.model.years)
+        if self.weights is not None:
+            losses = losses * self.weights[rows.cpu()].to(losses)
+        if self.groups is None:
+            loss = losses.mean()
+        else:
+            loss = self._worst_groups(losses, self.groups[rows.cpu()].to(losses.device))
         self._recent.append((loss.detach(), self.optimizers().param_groups[0]["lr"]))
         if len(self._recent) == CHECK_EVERY or self.trainer.is_last_batch:
             self._check_finite(step)
@@ -165,6 +209,15 @@ class AgeTask(L.LightningModule):
             "train_mae", self.train_mae, on_step=False, on_epoch=True, prog_bar=True, logger=False
         )
         return loss
+
+    def _worst_groups(self, losses: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+        """Loss that leans to the groups with the largest losses (Sagawa et al., ICLR 2020)."""
+        count = len(self.shares)
+        sums = torch.zeros(count, device=losses.device).index_add(0, groups, losses)
+        means = sums / torch.bincount(groups, minlength=count).clamp(min=1)
+        self.shares = self.shares * (GROUP_RATE * means.detach()).exp()
+        self.shares = self.shares / self.shares.sum()
+        return (self.shares * means).sum()
 
     def _check_finite(self, step: int) -> None:
         finite = torch.stack([loss for loss, _ in self._recent]).isfinite().tolist()
@@ -179,7 +232,7 @@ class AgeTask(L.LightningModule):
         self._recent.clear()
 
     def validation_step(self, batch: tuple, step: int) -> None:
-        images, ages, real = batch
+        images, ages, real, _ = batch
         with torch.autocast(self.device.type, enabled=False):  # as `predict` does
             predicted = self.model(images)
         self.valid_mae.update(predicted[real], ages[real])
@@ -279,6 +332,9 @@ def train(
     precision: str | None = None,
     workers: int = 0,
     augmentation: dict | None = None,
+    sampling: np.ndarray | None = None,
+    weights: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
 ) -> AgeRegressor:
     """Train on the rows with split "train", choose by the MAE on "valid"; "test" is never read.
 
@@ -289,6 +345,10 @@ def train(
     valid MAE; `progress` shows a bar instead of a line an epoch; `augmentation` holds strengths
     of utils.augment.augment, by default STANDARD. Precision is bfloat16 where processor and
     backbone are made for it.
+
+    Against imbalance, each an array over all rows of the table: `sampling` draws training faces
+    with replacement in these proportions, `weights` multiply their losses, and `groups` (whole
+    numbers from 0) let the loss lean to the groups that do worst.
 
     One process by default, on the GPU if there is one. Under torchrun every process takes its
     share of `settings.batch_size`, the global batch; `run` has to lie on a shared disk.
@@ -304,7 +364,8 @@ def train(
         raise ValueError(
             f"batch_size {settings.batch_size} does not divide by {devices * num_nodes} processes"
         )
-    configuration = _configuration(faces, settings, patience, strengths)
+    balance = {"sampling": sampling, "weights": weights, "groups": groups}
+    configuration = _configuration(faces, settings, patience, strengths, balance)
     _claim(run, configuration)
     final, last = run / "model.safetensors", run / "last.ckpt"
     if final.is_file():
@@ -314,12 +375,13 @@ def train(
             f"valid MAE {kept['valid_mae']:.2f} years; loaded"
         )
         return model
-    batches = FaceBatches(faces, settings.batch_size, settings.seed, workers)
+    batches = FaceBatches(faces, settings.batch_size, settings.seed, workers, sampling)
     ages = batches.ages[batches.rows["train"]]
     fresh = replace(settings, pretrained=settings.pretrained and not last.is_file())
     model = build_model(fresh, float(ages.mean()), float(ages.std()) or 1.0)
     steps = len(ages) // batches.batch_size * settings.epochs
-    task = AgeTask(model.to(memory_format=torch.channels_last), settings, steps, strengths)
+    task = AgeTask(model.to(memory_format=torch.channels_last), settings, steps, strengths,
+                   weights, groups)  # fmt: skip
     if last.is_file():
         _say(f"{run.name}: resumed after its last whole epoch")
     _keep_memory()
@@ -394,7 +456,9 @@ def _precision(model: AgeRegressor) -> str:
     return "bf16-mixed" if fast else "32-true"
 
 
-def _configuration(faces: Faces, settings: Settings, patience: int | None, strengths: dict) -> dict:
+def _configuration(
+    faces: Faces, settings: Settings, patience: int | None, strengths: dict, balance: dict
+) -> dict:
     """All that decides the weights, short enough to compare and to read."""
     names = ("backbone", "head", "image_size", "epochs", "batch_size", "learning_rate", "seed")
     start, file = "random", os.environ.get("AGE_BACKBONE_WEIGHTS")
@@ -403,12 +467,18 @@ def _configuration(faces: Faces, settings: Settings, patience: int | None, stren
         if file and Path(file).is_file():
             start = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]
             start += " " + os.environ.get("AGE_BACKBONE_MEAN_STD", "")
+    balance = {
+        name: hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:12]
+        for name, array in balance.items()
+        if array is not None
+    }
     rows = faces.table[["file", "age", "split", "sha256"]].to_csv(index=False)
     return {name: getattr(settings, name) for name in names} | {
         "start": start.strip(),
         "patience": patience,
         "augmentation": strengths,
         "faces": hashlib.sha256(rows.encode()).hexdigest()[:12],
+        **balance,
     }
 
 
@@ -422,9 +492,9 @@ def _claim(run: Path, configuration: dict) -> None:
         return
     there = json.loads(path.read_text())
     differences = [
-        f"{key} {there.get(key)} there, {value} now"
-        for key, value in configuration.items()
-        if there.get(key) != value
+        f"{key} {there.get(key)} there, {configuration.get(key)} now"
+        for key in there | configuration
+        if there.get(key) != configuration.get(key)
     ]
     if differences:
         raise ValueError(
@@ -437,8 +507,12 @@ def _export(
     run: Path, trainer: L.Trainer, model: AgeRegressor, configuration: dict, split: str
 ) -> None:
     best = torch.load(run / "best.ckpt", map_location="cpu", weights_only=True)
-    weights = {key.removeprefix("model."): value for key, value in best["state_dict"].items()}
-    model.load_state_dict(weights)
+    state = {
+        key.removeprefix("model."): value
+        for key, value in best["state_dict"].items()
+        if key.startswith("model.")
+    }
+    model.load_state_dict(state)
     log = history(run).set_index("epoch")
     threads = torch.get_num_threads()
     cpu = f"CPU, {threads} thread{'s' * (threads > 1)}"
