@@ -23,7 +23,7 @@ import utils.training
 from utils.faces import Faces, split_digest
 from utils.model import load_weights
 from utils.settings import get_settings
-from utils.training import AgeTask, history, predict, train
+from utils.training import AgeTask, WeightedSampler, history, predict, train
 
 # A small net with dropout, and one with batch norm, whose buffers need as much care.
 SETTINGS = replace(
@@ -423,3 +423,53 @@ def test_command_line(faces, tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "squeezenet1_1" in out and "epoch 1/1" in out and "weights:" in out
     assert load_weights(tmp_path / "mine" / "model.safetensors")[1]["epochs"] == 1
+
+
+def test_weighted_sampler_keeps_its_proportions_and_its_order():
+    weights = np.array([1.0, 3.0, 0.0, 4.0])
+    samplers = [WeightedSampler(np.tile(weights, 500), 2, rank, seed=3) for rank in (0, 1)]
+    drawn = [list(sampler) for sampler in samplers]
+    assert drawn == [list(sampler) for sampler in samplers], "one epoch, one order"
+    kinds = np.bincount(np.concatenate(drawn) % 4, minlength=4) / 2000
+    assert kinds == pytest.approx([0.125, 0.375, 0, 0.5], abs=0.04) and kinds[2] == 0
+    samplers[0].set_epoch(1)
+    assert list(samplers[0]) != drawn[0]
+
+
+def test_sampling_and_weights_decide_who_teaches(faces, tmp_path):
+    """The old are neither drawn nor counted: the network puts everybody lower."""
+    young = (faces.table["age"] < 45).to_numpy(float)
+    means = {}
+    for name, options in (
+        ("all", {}),
+        ("drawn", {"sampling": young}),
+        ("weighed", {"weights": young}),
+    ):
+        model = train(faces, SETTINGS, tmp_path / name, augmentation={}, **options, **OPTIONS)
+        means[name] = predict(model, faces.pixels, rows_of(faces, "valid")).mean()
+    assert means["drawn"] < means["all"] - 3 and means["weighed"] < means["all"] - 3
+    with pytest.raises(ValueError, match=r"weights \w+ there, None now"):
+        train(faces, SETTINGS, tmp_path / "weighed", augmentation={}, **OPTIONS)
+
+
+def test_unit_weights_change_nothing(faces, tmp_path):
+    plain = train(faces, SETTINGS, tmp_path / "plain", augmentation={}, **OPTIONS)
+    ones = train(faces, SETTINGS, tmp_path / "ones", augmentation={},
+                 weights=np.ones(len(faces.table)), **OPTIONS)  # fmt: skip
+    assert same(plain, ones)
+
+
+def test_worst_group_gains_weight_and_the_file_holds_only_the_model(faces, tmp_path):
+    groups = (faces.table["age"] > 45).to_numpy(np.int64)
+    task = AgeTask(utils.training.build_model(SETTINGS), SETTINGS, 10, {}, groups=groups)
+    losses, members = torch.tensor([1.0, 9.0, 3.0, 11.0]), torch.tensor([0, 1, 0, 1])
+    for _ in range(100):
+        loss = task._worst_groups(losses, members)
+    rate = utils.training.GROUP_RATE
+    odds = float(np.exp(100 * rate * (10 - 2)))
+    assert task.shares.tolist() == pytest.approx([1 / (1 + odds), odds / (1 + odds)], rel=1e-3)
+    assert loss.item() == pytest.approx((2 + 10 * odds) / (1 + odds), rel=1e-3)
+    alone = task._worst_groups(losses[:1], members[:1])
+    assert torch.isfinite(alone), "a group that is missing from a batch"
+    model = train(faces, SETTINGS, tmp_path / "run", epochs=1, groups=groups, **OPTIONS)
+    assert mae(model, faces, "valid") < 40
