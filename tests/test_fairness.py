@@ -52,10 +52,10 @@ def test_raw_errors_would_cry_wolf():
 def test_a_planted_gap_is_found_in_the_right_group_and_size():
     found, right, covered = 0, 0, 0
     for seed in range(40):
-        fair = Standardised(population(seed, FACTOR))
+        fair = Standardised(population(seed, FACTOR), draws=300)
         found += fair.p_value(200) < 0.05
         right += fair.people[fair.mae.argmax()] == PLANTED
-        gap = fair.gap(300)
+        gap = fair.gap()
         covered += gap["low"] <= truth(fair, FACTOR) <= gap["high"]
     assert found >= 38 and right >= 38, (found, right)
     assert covered >= 34, f"the interval holds the truth in {covered} of 40"
@@ -74,9 +74,9 @@ def test_standardised_errors_by_hand():
     )
     uniform = pd.Series(1.0, index=["20-29", "60-69"])
     assert Standardised(table, standard=uniform).mae == pytest.approx([6, 5])
-    gap = fair.gap(100)
+    gap = fair.gap()
     assert gap["value"] == gap["low"] == gap["high"] == pytest.approx(1)
-    assert fair.gap(100, "worst-mean")["value"] == pytest.approx(0.5)
+    assert fair.gap("worst-mean")["value"] == pytest.approx(0.5)
     with pytest.raises(ValueError, match="nothing to compare"):
         Standardised(table[table["age"] != 25].iloc[:8])
 

@@ -6,6 +6,8 @@ the group of people, `ethnicity` by default). Ages are compared within the bands
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 import pandas as pd
 from fairlearn.metrics import MetricFrame
@@ -53,10 +55,10 @@ class Standardised:
         key: str = "ethnicity",
         standard: pd.Series | None = None,
         bands: pd.Series | None = None,
-        errors: np.ndarray | None = None,
+        draws: int = DRAWS,
     ) -> None:
-        if errors is None:
-            errors = (predictions["predicted"] - predictions["age"]).abs().to_numpy(float)
+        errors = (predictions["predicted"] - predictions["age"]).abs().to_numpy(float)
+        self.draws = draws
         bands = age_band(predictions["age"]) if bands is None else bands
         self.people, groups = np.unique(predictions[key].astype(str), return_inverse=True)
         names, levels = pd.factorize(bands, sort=True)[::-1]
@@ -71,7 +73,7 @@ class Standardised:
         self.bands, self.covered = list(names[kept]), float(share[kept].sum() / share.sum())
         self.shares = share[kept].to_numpy() / share[kept].sum()
         rows = kept[levels]
-        self.errors, self.groups = np.asarray(errors, float)[rows], groups[rows]
+        self.errors, self.groups = errors[rows], groups[rows]
         self.levels = (np.cumsum(kept) - 1)[levels[rows]]
         self.clusters = pd.factorize(predictions["group"])[0][rows]
         self.mae = self._mae(self.groups)
@@ -82,24 +84,27 @@ class Standardised:
         weights = np.ones(len(cell)) if weights is None else weights
         count = np.bincount(cell, weights, shape[0] * shape[1]).reshape(shape)
         total = np.bincount(cell, weights * self.errors, shape[0] * shape[1]).reshape(shape)
-        share = self.shares * (count > 0)  # a resample may lack a cell
-        return (share * total / np.maximum(count, 1e-9)).sum(1) / share.sum(1)
+        share = self.shares * (count > 0)  # a resample may lack a cell, or seldom a whole group
+        with np.errstate(invalid="ignore"):
+            return (share * total / np.maximum(count, 1e-9)).sum(1) / share.sum(1)
 
-    def resamples(self, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
+    @cached_property
+    def resamples(self) -> np.ndarray:
         """MAE of each group [draws, groups] in resamples of whole duplicate groups."""
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(0)
         count = self.clusters.max() + 1
-        weights = (rng.multinomial(count, np.full(count, 1 / count)) for _ in range(draws))
-        return np.array([self._mae(self.groups, w[self.clusters].astype(float)) for w in weights])
+        weights = (rng.multinomial(count, np.full(count, 1 / count)) for _ in range(self.draws))
+        drawn = [self._mae(self.groups, w[self.clusters].astype(float)) for w in weights]
+        return np.array(drawn)
 
-    def table(self, draws: int = DRAWS) -> pd.DataFrame:
+    def table(self) -> pd.DataFrame:
         """A row for each group: value, low, high (95 % percentile bootstrap), n faces."""
-        low, high = np.quantile(self.resamples(draws), [0.025, 0.975], axis=0)
+        low, high = np.nanquantile(self.resamples, [0.025, 0.975], axis=0)
         n = np.bincount(self.groups)
         figures = {"value": self.mae, "low": low, "high": high, "n": n}
         return pd.DataFrame(figures, index=self.people)
 
-    def gap(self, draws: int = DRAWS, kind: str = "max-min") -> dict:
+    def gap(self, kind: str = "max-min") -> dict:
         """The gap in years with its 95 % interval: "max-min", or "worst-mean" of the groups.
 
         The largest of several noisy means is too large on average, so a gap is found even where
@@ -108,7 +113,7 @@ class Standardised:
         """
         spread = _SPREADS[kind]
         value = float(spread(self.mae[None])[0])
-        low, high = 2 * value - np.quantile(spread(self.resamples(draws)), [0.975, 0.025])
+        low, high = 2 * value - np.nanquantile(spread(self.resamples), [0.975, 0.025])
         n = len(self.errors)
         return {"value": value, "low": max(0.0, low), "high": max(0.0, high), "n": n}
 
