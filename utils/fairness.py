@@ -46,7 +46,7 @@ class Standardised:
 
     Direct standardisation: MAE of group g = sum over age bands b of share_b * MAE_gb, with one
     `standard` of shares for all (default: that of all faces given). Bands in which a group has
-    fewer than FEWEST faces are left out for all groups; `covered` is the share that remains.
+    fewer than `fewest` faces are left out for all groups; `covered` is the share that remains.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class Standardised:
         standard: pd.Series | None = None,
         bands: pd.Series | None = None,
         draws: int = DRAWS,
+        fewest: int = FEWEST,
     ) -> None:
         errors = (predictions["predicted"] - predictions["age"]).abs().to_numpy(float)
         self.draws = draws
@@ -67,9 +68,9 @@ class Standardised:
             share = standard.reindex(names).fillna(0).reset_index(drop=True)
         counts = np.zeros((len(self.people), len(names)))
         np.add.at(counts, (groups, levels), 1)
-        kept = (counts >= FEWEST).all(0)
+        kept = (counts >= fewest).all(0)
         if not kept.any():
-            raise ValueError(f"no age band has {FEWEST} faces of every {key}: nothing to compare")
+            raise ValueError(f"no age band has {fewest} faces of every {key}: nothing to compare")
         self.bands, self.covered = list(names[kept]), float(share[kept].sum() / share.sum())
         self.shares = share[kept].to_numpy() / share[kept].sum()
         rows = kept[levels]
