@@ -1,10 +1,11 @@
 """The switch: which faces a run uses, and what its settings print."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from utils.settings import ROOT, banner, get_settings
+from utils.settings import ROOT, banner, comparison_settings, get_settings
 
 
 @pytest.fixture(autouse=True)
@@ -98,3 +99,12 @@ def test_the_banner_warns_readers_of_the_sample_only():
     warning = "numbers quoted in the text are UTKFace's"
     assert warning in banner(get_settings("sample"))
     assert warning not in banner(get_settings("utkface"))
+
+
+@pytest.mark.parametrize("faces", ["sample", "utkface"])
+def test_comparisons_are_cheaper_and_alike_in_all_else(faces):
+    own = get_settings(faces)
+    small = comparison_settings(own)
+    cost = [s.image_size**2 * s.epochs for s in (small, own)]
+    assert cost[0] < cost[1] / 5
+    assert replace(small, image_size=own.image_size, epochs=own.epochs) == own

@@ -23,7 +23,7 @@ import utils.training
 from utils.faces import Faces, split_digest
 from utils.model import load_weights
 from utils.settings import get_settings
-from utils.training import AgeTask, WeightedSampler, history, predict, train
+from utils.training import AgeTask, WeightedSampler, history, predict, train, trained_model
 
 # A small net with dropout, and one with batch norm, whose buffers need as much care.
 SETTINGS = replace(
@@ -473,3 +473,20 @@ def test_worst_group_gains_weight_and_the_file_holds_only_the_model(faces, tmp_p
     assert torch.isfinite(alone), "a group that is missing from a batch"
     model = train(faces, SETTINGS, tmp_path / "run", epochs=1, groups=groups, **OPTIONS)
     assert mae(model, faces, "valid") < 40
+
+
+def test_trained_model_is_the_own_run_else_the_published_weights(
+    faces, reference, tmp_path, monkeypatch, capsys
+):
+    settings = replace(SETTINGS, faces="utkface", runs=tmp_path)
+    monkeypatch.setattr(utils.training, "CHECKPOINT", reference[1] / "model.safetensors")
+    assert same(trained_model(faces, settings), reference[0])
+    assert "published weights" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    moved = faces.table.assign(split=np.roll(faces.table["split"], 1))
+    with pytest.raises(ValueError, match="may know your test faces: train your own"):
+        trained_model(faces._replace(table=moved), settings)
+    shutil.copytree(reference[1], tmp_path / "cnn_regression")
+    trained_model(faces, settings)
+    assert "cnn_regression: trained earlier" in capsys.readouterr().out
+    drawn = replace(settings, faces="sample")
+    assert same(trained_model(faces, drawn), reference[0])
