@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -519,3 +520,13 @@ def test_a_second_stage_goes_on_at_another_size(faces, tmp_path):
     )
     with pytest.raises(ValueError, match="start"):
         train_in_stages(faces, staged, run, **OPTIONS)
+
+
+def test_two_at_once_train_it_once(faces, tmp_path, capsys):
+    """As two notebooks do: the second waits, and loads what the first has made."""
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(train, faces, SETTINGS, tmp_path / "run", **OPTIONS) for _ in range(2)]
+        first, second = (job.result() for job in jobs)
+    assert same(first, second)
+    said = capsys.readouterr().out
+    assert said.count("epoch 1/3") == 1 and said.count("trained earlier") == 1

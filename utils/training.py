@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -93,7 +94,7 @@ class FaceBatches(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.pixels, self.seed, self.workers = faces.pixels, seed, workers
-        self.sampling = sampling
+        self.sampling, self.digest = sampling, split_digest(faces.table)
         self.ages = faces.table["age"].to_numpy(np.float32)
         self.rows = {
             part: np.flatnonzero(faces.table["split"] == part) for part in ("train", "valid")
@@ -370,15 +371,35 @@ def train(
     balance = {"sampling": sampling, "weights": weights, "groups": groups}
     configuration = _configuration(faces, settings, patience, strengths, balance, start)
     _claim(run, configuration)
-    final, last = run / "model.safetensors", run / "last.ckpt"
-    if final.is_file():
-        model, kept = load_weights(final)
-        _say(
-            f"{run.name}: trained earlier, {kept['epochs']} epochs from {kept['origin']} weights, "
-            f"valid MAE {kept['valid_mae']:.2f} years; loaded"
+    with _alone(run, devices * num_nodes):
+        if (run / "model.safetensors").is_file():
+            model, kept = load_weights(run / "model.safetensors")
+            _say(
+                f"{run.name}: trained earlier, {kept['epochs']} epochs from {kept['origin']} "
+                f"weights, valid MAE {kept['valid_mae']:.2f} years; loaded"
+            )
+            return model
+        batches = FaceBatches(faces, settings.batch_size, settings.seed, workers, sampling)
+        hardware = dict(devices=devices, num_nodes=num_nodes, precision=precision)
+        task = partial(AgeTask, strengths=strengths, weights=weights, groups=groups)
+        return _fit(
+            batches, task, settings, run, configuration, start, patience, progress, hardware
         )
-        return model
-    batches = FaceBatches(faces, settings.batch_size, settings.seed, workers, sampling)
+
+
+def _fit(
+    batches: FaceBatches,
+    make_task: Callable[..., AgeTask],
+    settings: Settings,
+    run: Path,
+    configuration: dict,
+    start: Path | None,
+    patience: int | None,
+    progress: bool,
+    hardware: dict,
+) -> AgeRegressor:
+    """The training that `train` describes, in a folder that nobody else writes to."""
+    final, last = run / "model.safetensors", run / "last.ckpt"
     ages = batches.ages[batches.rows["train"]]
     fresh = replace(settings, pretrained=settings.pretrained and not last.is_file())
     earlier = {}
@@ -388,8 +409,7 @@ def train(
         model, earlier = load_weights(start)
         model.train().image_size = settings.image_size
     steps = len(ages) // batches.batch_size * settings.epochs
-    task = AgeTask(model.to(memory_format=torch.channels_last), settings, steps, strengths,
-                   weights, groups)  # fmt: skip
+    task = make_task(model.to(memory_format=torch.channels_last), settings, steps)
     if last.is_file():
         _say(f"{run.name}: resumed after its last whole epoch")
     _keep_memory()
@@ -405,10 +425,10 @@ def train(
     with _quiet(), torch.random.fork_rng(devices=[]):
         trainer = L.Trainer(
             accelerator="gpu" if torch.cuda.is_available() else "cpu",
-            devices=devices,
-            num_nodes=num_nodes,
-            strategy="ddp" if devices * num_nodes > 1 else "auto",
-            precision=precision or _precision(model),
+            devices=hardware["devices"],
+            num_nodes=hardware["num_nodes"],
+            strategy="ddp" if hardware["devices"] * hardware["num_nodes"] > 1 else "auto",
+            precision=hardware["precision"] or _precision(model),
             max_epochs=settings.epochs,
             callbacks=callbacks,
             logger=[logger(run, "logs", version) for logger in (CSVLogger, TensorBoardLogger)],
@@ -431,7 +451,7 @@ def train(
             signal.signal(signal.SIGINT, interrupt)
             raise KeyboardInterrupt("training stopped; call it again to resume") from None
     if trainer.is_global_zero:
-        _export(run, trainer, task.model, configuration, split_digest(faces.table), earlier)
+        _export(run, trainer, task.model, configuration, batches.digest, earlier)
     trainer.strategy.barrier()
     return load_weights(final)[0]
 
@@ -555,6 +575,22 @@ def _export(
         (run / name).unlink()
     if len(log) < trainer.max_epochs:
         _say(f"stopped early: no better valid MAE after epoch {best['epoch'] + 1}")
+
+
+@contextmanager
+def _alone(run: Path, processes: int) -> Iterator[None]:
+    """Another notebook that trains the same run is waited for. Processes of one run share it."""
+    lock = FileLock(run.with_name(f".{run.name}.lock"))
+    if processes == 1:
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            _say(f"{run.name}: another process is training it; waiting for its end ...")
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager
