@@ -370,8 +370,8 @@ def train(
         )
     balance = {"sampling": sampling, "weights": weights, "groups": groups}
     configuration = _configuration(faces, settings, patience, strengths, balance, start)
-    _claim(run, configuration)
     with _alone(run, devices * num_nodes):
+        _claim(run, configuration)
         if (run / "model.safetensors").is_file():
             model, kept = load_weights(run / "model.safetensors")
             _say(
@@ -580,6 +580,7 @@ def _export(
 @contextmanager
 def _alone(run: Path, processes: int) -> Iterator[None]:
     """Another notebook that trains the same run is waited for. Processes of one run share it."""
+    run.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run.with_name(f".{run.name}.lock"))
     if processes == 1:
         try:
