@@ -30,7 +30,6 @@ from utils.training import (
     history,
     predict,
     train,
-    train_in_stages,
     trained_model,
 )
 
@@ -499,27 +498,6 @@ def test_trained_model_is_the_own_run_else_the_published_weights(
     assert "cnn_regression: trained earlier" in capsys.readouterr().out
     drawn = replace(settings, faces="sample")
     assert same(trained_model(faces, drawn), reference[0])
-
-
-def test_a_second_stage_goes_on_at_another_size(faces, tmp_path):
-    staged = replace(SETTINGS, last_size=36, last_epochs=1)
-    run = tmp_path / "run"
-    model = train_in_stages(faces, staged, run, **OPTIONS)
-    first, before = load_weights(tmp_path / "run_first" / "model.safetensors")
-    facts = load_weights(run / "model.safetensors")[1]
-    assert (first.image_size, model.image_size) == (32, 36)
-    assert facts["epochs"] == 4 and facts["earlier_training"] == before["training"]
-    assert facts["training"]["learning_rate"] == SETTINGS.learning_rate / 2
-    assert facts["seconds"] > before["seconds"] and facts["origin"] == before["origin"]
-    assert mae(model, faces, "valid") < mae(first, faces, "valid") + 2, "it started from the first"
-    assert same(train_in_stages(faces, staged, run, **OPTIONS), model), "both are loaded again"
-    plain = train_in_stages(faces, SETTINGS, tmp_path / "plain", **OPTIONS)
-    assert plain.image_size == 32 and not (tmp_path / "plain_first").exists()
-    (tmp_path / "run_first" / "model.safetensors").write_bytes(
-        (tmp_path / "plain" / "model.safetensors").read_bytes()
-    )
-    with pytest.raises(ValueError, match="start"):
-        train_in_stages(faces, staged, run, **OPTIONS)
 
 
 def test_two_at_once_train_it_once(faces, tmp_path, capsys):

@@ -28,8 +28,6 @@ class Settings:
     batch_size: int
     learning_rate: float  # highest rate of the one-cycle schedule
     head: str  # "regression" or "distribution": see utils.model
-    last_size: int  # side of the input in the last epochs, which start from the others' weights
-    last_epochs: int  # 0: none
     seed: int = 0
 
     def __str__(self) -> str:
@@ -77,12 +75,10 @@ def get_settings(faces: str | None = None) -> Settings:
         return Settings(
             faces, **paths, image_size=64, backbone="resnet18", pretrained=False,
             epochs=8, batch_size=64, learning_rate=2e-3, head="distribution",
-            last_size=64, last_epochs=0,
         )  # fmt: skip
     return Settings(
         faces, **paths, image_size=112, backbone="mobilenet_v2", pretrained=True,
         epochs=16, batch_size=64, learning_rate=5e-4, head="distribution",
-        last_size=128, last_epochs=3,
     )  # fmt: skip
 
 

@@ -336,7 +336,6 @@ def train(
     sampling: np.ndarray | None = None,
     weights: np.ndarray | None = None,
     groups: np.ndarray | None = None,
-    start: Path | None = None,
 ) -> AgeRegressor:
     """Train on the rows with split "train", choose by the MAE on "valid"; "test" is never read.
 
@@ -351,8 +350,6 @@ def train(
     Against imbalance, each an array over all rows of the table: `sampling` draws training faces
     with replacement in these proportions, `weights` multiply their losses, and `groups` (whole
     numbers from 0) let the loss lean to the groups that do worst.
-
-    `start` is the `model.safetensors` of an earlier run to go on from, at any image size.
 
     One process by default, on the GPU if there is one. Under torchrun every process takes its
     share of `settings.batch_size`, the global batch; `run` has to lie on a shared disk.
@@ -369,7 +366,7 @@ def train(
             f"batch_size {settings.batch_size} does not divide by {devices * num_nodes} processes"
         )
     balance = {"sampling": sampling, "weights": weights, "groups": groups}
-    configuration = _configuration(faces, settings, patience, strengths, balance, start)
+    configuration = _configuration(faces, settings, patience, strengths, balance)
     with _alone(run, devices * num_nodes):
         _claim(run, configuration)
         if (run / "model.safetensors").is_file():
@@ -382,9 +379,7 @@ def train(
         batches = FaceBatches(faces, settings.batch_size, settings.seed, workers, sampling)
         hardware = dict(devices=devices, num_nodes=num_nodes, precision=precision)
         task = partial(AgeTask, strengths=strengths, weights=weights, groups=groups)
-        return _fit(
-            batches, task, settings, run, configuration, start, patience, progress, hardware
-        )
+        return _fit(batches, task, settings, run, configuration, patience, progress, hardware)
 
 
 def _fit(
@@ -393,7 +388,6 @@ def _fit(
     settings: Settings,
     run: Path,
     configuration: dict,
-    start: Path | None,
     patience: int | None,
     progress: bool,
     hardware: dict,
@@ -402,12 +396,7 @@ def _fit(
     final, last = run / "model.safetensors", run / "last.ckpt"
     ages = batches.ages[batches.rows["train"]]
     fresh = replace(settings, pretrained=settings.pretrained and not last.is_file())
-    earlier = {}
-    if start is None:
-        model = build_model(fresh, float(ages.mean()), float(ages.std()) or 1.0)
-    else:
-        model, earlier = load_weights(start)
-        model.train().image_size = settings.image_size
+    model = build_model(fresh, float(ages.mean()), float(ages.std()) or 1.0)
     steps = len(ages) // batches.batch_size * settings.epochs
     task = make_task(model.to(memory_format=torch.channels_last), settings, steps)
     if last.is_file():
@@ -451,7 +440,7 @@ def _fit(
             signal.signal(signal.SIGINT, interrupt)
             raise KeyboardInterrupt("training stopped; call it again to resume") from None
     if trainer.is_global_zero:
-        _export(run, trainer, task.model, configuration, batches.digest, earlier)
+        _export(run, trainer, task.model, configuration, batches.digest)
     trainer.strategy.barrier()
     return load_weights(final)[0]
 
@@ -490,14 +479,11 @@ def _configuration(
     patience: int | None,
     strengths: dict,
     balance: dict,
-    earlier: Path | None,
 ) -> dict:
     """All that decides the weights, short enough to compare and to read."""
     names = ("backbone", "head", "image_size", "epochs", "batch_size", "learning_rate", "seed")
     start, file = "random", os.environ.get("AGE_BACKBONE_WEIGHTS")
-    if earlier is not None:
-        start = hashlib.sha256(Path(earlier).read_bytes()).hexdigest()[:12]
-    elif settings.pretrained:
+    if settings.pretrained:
         start = "torchvision"
         if file and Path(file).is_file():
             start = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]
@@ -544,7 +530,6 @@ def _export(
     model: AgeRegressor,
     configuration: dict,
     split: str,
-    earlier: dict,
 ) -> None:
     best = torch.load(run / "best.ckpt", map_location="cpu", weights_only=True)
     state = {
@@ -561,11 +546,10 @@ def _export(
         run / "model.safetensors",
         split_digest=split,
         training=configuration,
-        earlier_training=earlier.get("training"),
-        epochs=len(log) + earlier.get("epochs", 0),
+        epochs=len(log),
         best_epoch=best["epoch"] + 1,
         valid_mae=float(log["valid_mae"][best["epoch"] + 1]),
-        seconds=round(float(log["seconds"].sum()) + earlier.get("seconds", 0), 1),
+        seconds=round(float(log["seconds"].sum()), 1),
         images_per_second=round(float(log["images_per_second"].median()), 1),
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
         processes=trainer.world_size,
@@ -614,26 +598,6 @@ def _quiet() -> Iterator[None]:
 _say = rank_zero_only(partial(print, flush=True))
 
 
-def train_in_stages(faces: Faces, settings: Settings, run: Path, **options) -> AgeRegressor:
-    """`train`, then `settings.last_epochs` at `settings.last_size` from the weights reached, at
-    half the learning rate. Small images teach faster, larger ones finish better (Touvron et al.,
-    NeurIPS 2019). The first stage's run lies beside `run`, named `..._first`; `epochs` in
-    `options` is that of the first stage.
-    """
-    if not settings.last_epochs:
-        return train(faces, settings, run, **options)
-    first = run.with_name(f"{run.name}_first")
-    train(faces, settings, first, **options)
-    last = replace(
-        settings,
-        image_size=settings.last_size,
-        epochs=settings.last_epochs,
-        learning_rate=settings.learning_rate / 2,
-    )
-    options = {key: value for key, value in options.items() if key != "epochs"}
-    return train(faces, last, run, start=first / "model.safetensors", **options)
-
-
 def trained_model(faces: Faces, settings: Settings, progress: bool = True) -> AgeRegressor:
     """The network of notebook 4: your own run of it, else the published weights if the faces are
     UTKFace's, else a training now."""
@@ -648,7 +612,7 @@ def trained_model(faces: Faces, settings: Settings, progress: bool = True) -> Ag
                 )
             _say(f"published weights, valid MAE {facts['valid_mae']:.2f} years; loaded")
             return model
-    return train_in_stages(faces, settings, run, progress=progress)
+    return train(faces, settings, run, progress=progress)
 
 
 def history(run: Path) -> pd.DataFrame:
@@ -713,7 +677,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     settings = get_settings()
     _say(settings)
-    train_in_stages(
+    train(
         load_faces(settings),
         settings,
         settings.runs / given.name,
