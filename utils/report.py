@@ -29,6 +29,14 @@ def headline(results: dict) -> str:
         ("MAE on the split of CORAL, ages 21-60", show(results["coral_test_mae"])),
         ("Error in bad light or quality, over clean: mean of ten kinds", show(ratios[MEAN])),
         (f"The worst of the ten: {worst}", show(ratios[worst])),
+        (
+            "Gap between ethnicities at equal age (years)",
+            show(results["age_standardised_gap"]["shipped"]),
+        ),
+        (
+            "MAE at equal age of the group that does worst",
+            show(results["worst_group_mae"]["shipped"]),
+        ),
     ]
     return f"{_table('UTKFace, test split', rows)}\n\n{_training(results['training'])}"
 
@@ -45,6 +53,8 @@ def details(results: dict) -> str:
             small = figure["n"] < SMALL
             text = f"too few faces ({figure['n']}) to compare" if small else show(figure)
             rows.append((f"{title}: {name}", text))
+    for name, figure in results["age_standardised_mae"].items():
+        rows.append((f"Ethnicity at equal age: {name}", show(figure)))
     groups = _table("MAE (years) on the test split", rows)
     spoilt, ratios = results["corruption_mae"], results["corruption_ratio"]
     lines = []
