@@ -168,7 +168,7 @@ def measure(part: str, settings, steps: int, environment: dict | None = None) ->
         except psutil.Error:
             continue  # a process ended while it was looked at
         peak = max(peak, used)
-        time.sleep(0.25)
+        time.sleep(2)  # looking is not free
     lines = process.stdout.read().splitlines()
     if process.returncode:
         raise SystemExit(f"{part} failed with status {process.returncode}")
