@@ -10,6 +10,7 @@ import re
 import sys
 import urllib.error
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,13 +19,16 @@ import torchvision
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
-from torchvision.models import get_model, get_model_weights, list_models
+from torchvision.models import ResNet, get_model, get_model_weights, list_models
+from torchvision.transforms.v2.functional import center_crop
 
 from utils.settings import Settings
 
 FORMAT, VERSION = "face age regressor", 1
-HEADS = ("regression", "distribution")
+HEADS = ("regression", "distribution", "groups", "ordinal")
 OLDEST = 120  # years: last class of the distribution
+GROUP_CENTRES = (5.0, 15.0, 25.0, 35.0, 45.0, 55.0, 65.0, 80.0)  # years: 0-9, 10-19, ..., 70+
+FACE_PART = 2 / 3  # of the chip's side: the tight view of a backbone with views
 CROP = "UTKFace chip: eyes at x 0.29 and 0.69, y 0.29; mouth corners at x 0.32 and 0.65, y 0.68"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OFFLINE = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
@@ -35,11 +39,16 @@ OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.[a-z_
 class AgeRegressor(nn.Module):
     """Faces to ages in years with any classification backbone of torchvision.
 
-    `head` names how the output becomes an age. "regression": one number,
-    age = age_mean + age_scale * backbone(normalised image). "distribution": a probability for
-    each year from 0 to OLDEST, and the age is its mean (Gao et al., DLDL-v2, IJCAI 2018).
+    `head` names how the output becomes an age:
+    - "regression": one number, age = age_mean + age_scale * backbone(normalised image);
+    - "distribution": a probability for each year from 0 to OLDEST, and the age is its mean
+      (Gao et al., DLDL-v2, IJCAI 2018);
+    - "groups": a probability for each age group, and the age is the mean of GROUP_CENTRES;
+    - "ordinal": the probability to be older than each year, and the age is their sum (Cao et al.,
+      CORAL, 2020).
     `age_mean` and `age_scale` (years) put the untrained output near the ages of the training set.
-    `mean` and `std` are per colour channel, for pixels in 0-1.
+    `mean` and `std` are per colour channel, for pixels in 0-1. `backbone` may end in ":face" or
+    ":face+chip": see `Views`.
 
     Raises ValueError for a name that torchvision does not list, or an unknown head.
     """
@@ -59,7 +68,7 @@ class AgeRegressor(nn.Module):
             raise ValueError(f"head {head!r} is not known here: use one of {', '.join(HEADS)}")
         self.backbone_name, self.image_size, self.head = backbone, image_size, head
         self.origin = "random"  # where the backbone's first weights came from
-        outputs = 1 if head == "regression" else OLDEST + 1
+        outputs = {"distribution": OLDEST + 1, "groups": len(GROUP_CENTRES)}.get(head, 1)
         self.backbone = _backbone(backbone, image_size, outputs)
         layers = {
             name: layer
@@ -67,13 +76,17 @@ class AgeRegressor(nn.Module):
             if isinstance(layer, nn.Linear | nn.Conv2d) and layer.weight.shape[0] == outputs
         }
         self.last_layer, last = list(layers.items())[-1]
-        years = torch.arange(outputs, dtype=torch.float32)
+        years = torch.arange(OLDEST + (head != "ordinal"), dtype=torch.float32)
+        if head == "groups":
+            years = torch.tensor(GROUP_CENTRES)
         self.register_buffer("years", years, persistent=False)
         nn.init.normal_(last.weight, std=0.01)
         if last.bias is not None:
             nn.init.zeros_(last.bias)
-            if head == "distribution":  # start from the normal curve of the training ages
+            if head in ("distribution", "groups"):  # start from the normal curve of training ages
                 last.bias.data.copy_(-((years - age_mean) ** 2) / (2 * age_scale**2))
+        if head == "ordinal":
+            self._set_last(_ordinal(last, (age_mean - years) / (0.6 * age_scale)))
         for name, value in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32).view(1, 3, 1, 1))
         self.register_buffer("age_mean", torch.tensor(float(age_mean)))
@@ -87,7 +100,7 @@ class AgeRegressor(nn.Module):
         return self.ages(self.outputs(images))
 
     def outputs(self, images: torch.Tensor) -> torch.Tensor:
-        """What the backbone puts out, float32: [B, 1], or logits of each year [B, OLDEST + 1]."""
+        """What the backbone puts out, float32: [B, 1], or the logits [B, K] of the head."""
         if not images.is_floating_point():
             raise TypeError(f"images are {images.dtype}: give floats in 0-1 (utils.augment.resize)")
         return self.backbone((images - self.mean) / self.std).flatten(1).float()
@@ -96,10 +109,82 @@ class AgeRegressor(nn.Module):
         """Ages in years [B] from `outputs`."""
         if self.head == "regression":
             return self.age_mean + self.age_scale * outputs.squeeze(1)
+        if self.head == "ordinal":
+            return outputs.sigmoid().sum(1)
         return outputs.softmax(1) @ self.years
+
+    def ages_and_spreads(self, outputs: torch.Tensor) -> torch.Tensor:
+        """[B, 2] in years: the age, and the standard deviation of the distribution that it is the
+        mean of (NaN with the head "regression", which has none)."""
+        ages = self.ages(outputs)
+        if self.head == "regression":
+            return torch.stack([ages, torch.full_like(ages, torch.nan)], 1)
+        if self.head == "ordinal":  # E[age^2] = sum over k of (2k + 1) P(age > k)
+            squares = outputs.sigmoid() @ (2 * self.years + 1)
+        else:
+            squares = outputs.softmax(1) @ self.years**2
+        return torch.stack([ages, (squares - ages**2).clamp(min=0).sqrt()], 1)
+
+    def _set_last(self, layer: nn.Module) -> None:
+        parent, _, name = self.last_layer.rpartition(".")
+        setattr(self.backbone.get_submodule(parent), name, layer)
+
+
+class Views(nn.Module):
+    """One backbone that looks at the tight face, or at the face and at the whole chip.
+
+    From images [B, 3, s, s] the central FACE_PART ("face") and the whole, shrunk to the same size
+    ("face+chip"): hair, ears and neck. In the latter each view's places attend to those of the
+    other before both are averaged: the idea of MiVOLO (Kuprashevich & Tolstykh, 2023), whose
+    second view is the whole person, on a small scale.
+    """
+
+    def __init__(self, features: nn.Module, outputs: int, context: bool, width: int = 256) -> None:
+        super().__init__()
+        self.features, self.context = features, context
+        with torch.no_grad():
+            channels = features.eval()(torch.zeros(1, 3, 64, 64)).shape[1]
+        features.train()
+        self.narrow = nn.Conv2d(channels, width, 1)
+        if context:
+            self.norm = nn.LayerNorm(width)
+            self.attend = nn.ModuleList(
+                nn.MultiheadAttention(width, 4, batch_first=True) for _ in range(2)
+            )
+        self.age = nn.Linear(width * (1 + context), outputs)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        side = round(images.shape[-1] * FACE_PART)
+        face = center_crop(images, [side, side])
+        if not self.context:
+            return self.age(self.narrow(self.features(face)).mean((2, 3)))
+        chip = nn.functional.interpolate(images, (side, side), mode="bilinear", antialias=True)
+        places = self.narrow(self.features(torch.cat([face, chip]))).flatten(2).transpose(1, 2)
+        views = places.chunk(2)
+        known = self.norm(places).chunk(2)
+        seen = []
+        for i, attend in enumerate(self.attend):
+            other = known[1 - i]
+            seen.append(views[i] + attend(known[i], other, other, need_weights=False)[0])
+        return self.age(torch.cat([view.mean(1) for view in seen], 1))
+
+
+def _ordinal(last: nn.Module, biases: torch.Tensor) -> nn.Module:
+    """CORAL's layer in place of the last one: one weight vector, a bias for each year."""
+    from coral_pytorch.layers import CoralLayer
+
+    if not isinstance(last, nn.Linear):
+        raise ValueError("the head 'ordinal' needs a backbone that ends in a linear layer")
+    layer = CoralLayer(last.in_features, len(biases) + 1)
+    nn.init.normal_(layer.coral_weights.weight, std=0.01)
+    layer.coral_bias.data.copy_(biases)
+    return layer
 
 
 def _backbone(name: str, image_size: int, outputs: int) -> nn.Module:
+    name, _, views = name.partition(":")
+    if views:
+        return _with_views(_backbone(name, image_size, outputs), name, views, outputs)
     known = list_models(module=torchvision.models)
     if name not in known:
         raise ValueError(f"backbone {name!r} is not a torchvision classifier: {', '.join(known)}")
@@ -118,6 +203,18 @@ def _backbone(name: str, image_size: int, outputs: int) -> nn.Module:
     if name.startswith("squeezenet"):
         model.classifier[2] = nn.Identity()  # its last ReLU would forbid ages below the mean
     return model
+
+
+def _with_views(model: nn.Module, name: str, views: str, outputs: int) -> Views:
+    if views not in ("face", "face+chip"):
+        raise ValueError(f"views {views!r} are not known here: use {name}:face or {name}:face+chip")
+    if isinstance(model, ResNet):
+        features = nn.Sequential(OrderedDict(list(model.named_children())[:-2]))
+    elif name.startswith(("mobilenet", "efficientnet", "convnext", "mnasnet")):
+        features = next(model.children())
+    else:
+        raise ValueError(f"{name} cannot have views: use a ResNet, a MobileNet or an EfficientNet")
+    return Views(features, outputs, context=views == "face+chip")
 
 
 def build_model(
@@ -142,8 +239,9 @@ def build_model(
         mean, std = _mean_std(os.environ.get("AGE_BACKBONE_MEAN_STD"))
     elif settings.pretrained:
         try:
-            weights = get_model_weights(name).DEFAULT
-            full = get_model(name, weights=weights, progress=sys.stderr.isatty())
+            plain = name.partition(":")[0]
+            weights = get_model_weights(plain).DEFAULT
+            full = get_model(plain, weights=weights, progress=sys.stderr.isatty())
             state, origin = full.state_dict(), f"torchvision {weights}"
             mean, std = weights.transforms().mean, weights.transforms().std
         except OFFLINE as error:
@@ -202,6 +300,10 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
 def _fill(model: AgeRegressor, state: dict[str, torch.Tensor], origin: str) -> None:
     """Copy `state` into the backbone: all but its last layer, whose outputs are not ages."""
     own = model.backbone.state_dict()
+    if isinstance(model.backbone, Views):  # only what extracts features has first weights
+        own = {key: value for key, value in own.items() if key.startswith("features.")}
+        state = {f"features.{key.removeprefix('features.')}": v for key, v in state.items()}
+        state = {key: value for key, value in state.items() if key in own}
     unused = [f"{model.last_layer}."]
     if model.backbone_name in ("googlenet", "inception_v3"):
         unused += ["aux1.", "aux2.", "AuxLogits."]

@@ -22,7 +22,6 @@ import lightning as L
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -34,10 +33,10 @@ from tqdm.auto import tqdm
 
 from utils.augment import STANDARD, augment, resize
 from utils.faces import Faces, split_digest
+from utils.losses import LOSSES, Loss
 from utils.model import AgeRegressor, build_model, load_weights, save_weights, write_atomically
 from utils.settings import CHECKPOINT, Settings, get_settings
 
-LABEL_SPREAD = 2.0  # years: standard deviation of the distribution about a label
 GROUP_RATE = 0.001  # how fast the shares of groups follow their losses (in years)
 CHECK_EVERY = 20  # steps between looks at the loss: each look makes a GPU wait
 COLUMNS = ["epoch", "train_mae", "valid_mae", "learning_rate", "seconds", "images_per_second"]
@@ -136,15 +135,6 @@ class FaceBatches(L.LightningDataModule):
         return self._loader(rows[places % len(rows)], places < len(rows))
 
 
-def distribution_loss(
-    outputs: torch.Tensor, ages: torch.Tensor, years: torch.Tensor
-) -> torch.Tensor:
-    """Kullback-Leibler divergence [B] of the predicted distributions (logits [B, years]) from a
-    normal curve of LABEL_SPREAD years about each label (Gao et al., 2018)."""
-    wanted = (-((years - ages.unsqueeze(1)) ** 2) / (2 * LABEL_SPREAD**2)).softmax(1)
-    return F.kl_div(outputs.log_softmax(1), wanted, reduction="none").sum(1)
-
-
 class AgeTask(L.LightningModule):
     """Loss in years, AdamW with a one-cycle learning rate, augmentation on the device."""
 
@@ -156,8 +146,10 @@ class AgeTask(L.LightningModule):
         strengths: dict,
         weights: np.ndarray | None = None,
         groups: np.ndarray | None = None,
+        loss: Loss | None = None,
     ) -> None:
         super().__init__()
+        self.loss = loss or LOSSES[model.head]
         self.weights = None if weights is None else torch.tensor(weights, dtype=torch.float32)
         self.groups = None if groups is None else torch.tensor(groups)
         if groups is not None:  # how much each group counts: changes as training goes on
@@ -193,9 +185,7 @@ class AgeTask(L.LightningModule):
         images, ages, _, rows = batch
         outputs = self.model.outputs(images)
         predicted = self.model.ages(outputs)
-        losses = F.l1_loss(predicted, ages, reduction="none")
-        if self.model.head == "distribution":
-            losses = losses + distribution_loss(outputs, ages, self.model.years)
+        losses = self.loss(self.model, outputs, ages)
         if self.weights is not None:
             losses = losses * self.weights[rows.cpu()].to(losses)
         if self.groups is None:
@@ -336,6 +326,7 @@ def train(
     sampling: np.ndarray | None = None,
     weights: np.ndarray | None = None,
     groups: np.ndarray | None = None,
+    loss: Loss | None = None,
 ) -> AgeRegressor:
     """Train on the rows with split "train", choose by the MAE on "valid"; "test" is never read.
 
@@ -344,7 +335,8 @@ def train(
     finished run and resumes an unfinished one from its last epoch, in the same order.
     `epochs` overrides the settings; `patience` stops after so many epochs without a better
     valid MAE; `progress` shows a bar instead of a line an epoch; `augmentation` holds strengths
-    of utils.augment.augment, by default STANDARD. Precision is bfloat16 where processor and
+    of utils.augment.augment, by default STANDARD; `loss` replaces that of the model's head
+    (utils.losses.LOSSES). Precision is bfloat16 where processor and
     backbone are made for it.
 
     Against imbalance, each an array over all rows of the table: `sampling` draws training faces
@@ -367,6 +359,8 @@ def train(
         )
     balance = {"sampling": sampling, "weights": weights, "groups": groups}
     configuration = _configuration(faces, settings, patience, strengths, balance)
+    if loss is not None:
+        configuration["loss"] = loss.__name__
     with _alone(run, devices * num_nodes):
         _claim(run, configuration)
         if (run / "model.safetensors").is_file():
@@ -378,7 +372,7 @@ def train(
             return model
         batches = FaceBatches(faces, settings.batch_size, settings.seed, workers, sampling)
         hardware = dict(devices=devices, num_nodes=num_nodes, precision=precision)
-        task = partial(AgeTask, strengths=strengths, weights=weights, groups=groups)
+        task = partial(AgeTask, strengths=strengths, weights=weights, groups=groups, loss=loss)
         return _fit(batches, task, settings, run, configuration, patience, progress, hardware)
 
 
@@ -639,29 +633,33 @@ def predict(
     flip: bool = False,
     progress: bool = False,
     spoil: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    read: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> np.ndarray:
     """Ages in years, float32 [len(rows)], of `pixels[rows]` (uint8 RGB [N, H, W, 3]).
 
     Streams batch by batch in float32, on the GPU if there is one. `flip` averages each face with
     its mirror image; `spoil` changes the uint8 chips [B, 3, H, W] before they are resized, as
-    utils.corruptions does. Raises TypeError for a mask: give row numbers.
+    utils.corruptions does. `read` turns the model's outputs into something else than ages: with
+    `model.ages_and_spreads` the answer is [len(rows), 2]. Raises TypeError for a mask: give row
+    numbers.
     """
     rows = np.asarray(rows)
     if rows.dtype == bool:
         raise TypeError("rows is a mask of booleans: give row numbers (numpy.flatnonzero)")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device, memory_format=torch.channels_last).eval()
-    ages = np.empty(len(rows), np.float32)
+    read = read or model.ages
+    answers = [np.empty(0, np.float32)] if len(rows) == 0 else []
     with torch.inference_mode():
         for start in tqdm(range(0, len(rows), batch_size), "predict", disable=not progress):
             part = slice(start, start + batch_size)
             chips = _gather(pixels, rows[part]).to(device)
             images = resize(spoil(chips) if spoil else chips, model.image_size)
-            years = model(images)
+            answer = read(model.outputs(images))
             if flip:
-                years = (years + model(images.flip(3))) / 2
-            ages[part] = years.cpu().numpy()
-    return ages
+                answer = (answer + read(model.outputs(images.flip(3)))) / 2
+            answers.append(answer.cpu().numpy())
+    return np.concatenate(answers)
 
 
 def main(arguments: list[str] | None = None) -> None:
