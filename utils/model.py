@@ -86,7 +86,7 @@ class AgeRegressor(nn.Module):
             if head in ("distribution", "groups"):  # start from the normal curve of training ages
                 last.bias.data.copy_(-((years - age_mean) ** 2) / (2 * age_scale**2))
         if head == "ordinal":
-            self._set_last(_ordinal(last, (age_mean - years) / (0.6 * age_scale)))
+            self.set_last(_ordinal(last, (age_mean - years) / (0.6 * age_scale)))
         for name, value in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32).view(1, 3, 1, 1))
         self.register_buffer("age_mean", torch.tensor(float(age_mean)))
@@ -125,7 +125,8 @@ class AgeRegressor(nn.Module):
             squares = outputs.softmax(1) @ self.years**2
         return torch.stack([ages, (squares - ages**2).clamp(min=0).sqrt()], 1)
 
-    def _set_last(self, layer: nn.Module) -> None:
+    def set_last(self, layer: nn.Module) -> None:
+        """Put another layer in place of the backbone's last one (an identity: features only)."""
         parent, _, name = self.last_layer.rpartition(".")
         setattr(self.backbone.get_submodule(parent), name, layer)
 
@@ -359,6 +360,14 @@ def save_weights(model: AgeRegressor, path: Path, **extra: object) -> None:
     )
     text = {key: json.dumps(value) for key, value in (metadata | extra).items()}
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    write_atomically(Path(path), lambda file: file.write_bytes(save(tensors, text)))
+
+
+def add_facts(path: Path, **facts: object) -> None:
+    """Write more metadata (values that JSON can hold) into a file of `save_weights`, atomically."""
+    _, metadata = load_weights(path)
+    text = {key: json.dumps(value) for key, value in (metadata | facts).items()}
+    tensors = load_file(path)
     write_atomically(Path(path), lambda file: file.write_bytes(save(tensors, text)))
 
 

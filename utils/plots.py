@@ -62,6 +62,40 @@ def show_faces(
     return figure
 
 
+def show_maps(
+    pixels: np.ndarray,
+    maps: np.ndarray,
+    titles: Sequence[str],
+    settings: Settings,
+    averages: bool = False,
+    columns: int = 8,
+) -> Figure:
+    """Signed maps [N, h, w] in years over faces (uint8 [N, H, W, 3]): red raises the age, blue
+    lowers it, one scale for all. Single faces of UTKFace are pixelated while publishing;
+    `averages` says that each face is the average of many, so that none needs to be."""
+    pixels = np.asarray(pixels)
+    if settings.publish and settings.faces != "sample" and not averages:
+        pixels = pixelate(pixels)
+    rows = -(-len(pixels) // columns)
+    size = (1.25 * columns + 0.8, 1.5 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    height, width = pixels.shape[1:3]
+    most = np.quantile(np.abs(maps), 0.995)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, face, values, title in zip(axes.flat, pixels, maps, titles, strict=False):
+        axis.imshow(cv2.cvtColor(face, cv2.COLOR_RGB2GRAY), cmap="gray", vmin=0, vmax=255)
+        large = cv2.resize(values, (width, height), interpolation=cv2.INTER_CUBIC)
+        alpha = np.clip(1.2 * np.abs(large) / most, 0, 0.8)
+        drawn = axis.imshow(large, cmap="RdBu_r", vmin=-most, vmax=most, alpha=alpha)
+        axis.set_title(title, fontsize=8, fontweight="normal", loc="center", pad=3)
+    scale = plt.cm.ScalarMappable(drawn.norm, drawn.cmap)
+    bar = figure.colorbar(scale, ax=axes, fraction=0.03, aspect=14 * rows, pad=0.01)
+    bar.set_label("years per place", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+    return figure
+
+
 def with_intervals(axis: plt.Axes, table: pd.DataFrame, colours: dict | None = None) -> None:
     """Horizontal points with 95 % bars, from rows of value, low, high, n; n beside each name."""
     for place, (name, row) in enumerate(table.iterrows()):
