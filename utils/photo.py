@@ -23,7 +23,7 @@ from utils.faces import quality, to_chip
 from utils.model import write_atomically
 from utils.settings import CHIP_SIZE, get_settings
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP")  # MPO: what some phones write under .jpg
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # MPO, which phones write under .jpg, counts as JPEG
 MAX_PIXELS = 100_000_000  # five times a photograph of 20 megapixels
 GROUND = 127  # grey level behind what is transparent
 # First bytes of what people take for pictures -> what to do about it.
@@ -106,6 +106,7 @@ def decode_photo(data: bytes, name: str) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a bomb is refused below; odd EXIF harms nothing
+            Image.init()  # or Pillow knows some of its formats only
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
