@@ -76,8 +76,9 @@ def show_maps(
     pixels = np.asarray(pixels)
     if settings.publish and settings.faces != "sample" and not averages:
         pixels = pixelate(pixels)
-    rows = -(-len(pixels) // columns)
-    size = (1.25 * columns + 0.8, 1.5 * rows)
+    columns = min(columns, len(pixels))
+    rows, cell = -(-len(pixels) // columns), min(1.9, 10 / columns)
+    size = (cell * columns + 0.9, (cell + 0.25) * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
     height, width = pixels.shape[1:3]
     most = np.quantile(np.abs(maps), 0.995)
@@ -90,7 +91,7 @@ def show_maps(
         drawn = axis.imshow(large, cmap="RdBu_r", vmin=-most, vmax=most, alpha=alpha)
         axis.set_title(title, fontsize=8, fontweight="normal", loc="center", pad=3)
     scale = plt.cm.ScalarMappable(drawn.norm, drawn.cmap)
-    bar = figure.colorbar(scale, ax=axes, fraction=0.03, aspect=14 * rows, pad=0.01)
+    bar = figure.colorbar(scale, ax=axes, fraction=0.03, aspect=12 * rows, pad=0.02)
     bar.set_label("years per place", fontsize=9)
     bar.ax.tick_params(labelsize=8)
     return figure
