@@ -46,6 +46,28 @@ def no_outer_settings(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.fixture(scope="session")
+def own_faces(tmp_path_factory) -> Path:
+    """Your own faces, as a reader may have them: 156 drawn ones in two albums, with names and
+    groups of their own, and a labels.csv that a spreadsheet wrote. To be read only."""
+    from utils.faces import parse_name
+    from utils.synthetic import draw_sample
+
+    home = tmp_path_factory.mktemp("own faces")
+    draw_sample(home / "drawn", 160, seed=3)
+    folder, lines = home / "Porträts 顔", ["File;Age;Gender;Ethnicity;Person"]
+    for i, path in enumerate(sorted((home / "drawn").iterdir())):
+        if path.name.count("_") < 3 or path.stat().st_size < 500:
+            continue  # the defects of the sample
+        labels, name = parse_name(path.name), f"album {i % 2}/Bild {i}.JPG"
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        path.rename(folder / name)
+        group = "Süd" if labels["ethnicity"] == "White" else "NA"
+        lines.append(f"{name};{labels['age']};{labels['gender'][0]};{group};p{i // 2}")
+    (folder / "labels.csv").write_text("\n".join(lines), encoding="utf-8-sig")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """Small batches gain nothing from more, and lose much on a busy machine."""
