@@ -176,6 +176,7 @@ def test_unknown_names_and_sizes_are_refused():
         AgeRegressor("resnet18", 64, head="dex")
 
 
+@pytest.mark.fault("a checkpoint of another model", "refused; names the tensors that differ")
 def test_weights_file_good_wrong_and_damaged(tmp_path, monkeypatch):
     pretrained = replace(SETTINGS, pretrained=True)
     state = get_model("mobilenet_v3_small", weights=None).state_dict()
@@ -191,6 +192,19 @@ def test_weights_file_good_wrong_and_damaged(tmp_path, monkeypatch):
     assert model.origin == "file good.safetensors"
     assert model.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
     assert model.training
+    # So does a file of this course, with its head and its normalisation.
+    trained = AgeRegressor("mobilenet_v3_small", 48, (0.1,) * 3, (0.2,) * 3, 41.0, 17.0)
+    give("trained.safetensors", lambda path: save_weights(trained, path))
+    model = build_model(pretrained)
+    ours, theirs = model.state_dict(), trained.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    other_head = build_model(replace(pretrained, head="distribution"))
+    assert torch.equal(other_head.backbone.state_dict()[key], theirs[f"backbone.{key}"])
+    assert other_head.mean.flatten().tolist() == pytest.approx([0.1] * 3)
+    with pytest.raises(ValueError, match=r"trained\.safetensors\) are not those of a resnet18"):
+        build_model(replace(pretrained, backbone="resnet18"))
+    monkeypatch.setenv("AGE_BACKBONE_WEIGHTS", str(tmp_path / "good.safetensors"))
+
     # A run that does not ask for pretrained weights does not read the file.
     assert build_model(SETTINGS).origin == "random"
 
@@ -231,6 +245,7 @@ def test_weights_file_good_wrong_and_damaged(tmp_path, monkeypatch):
         build_model(pretrained)
 
 
+@pytest.mark.fault("no network")
 def test_torchvision_weights_and_the_way_out_offline(monkeypatch):
     real, full = get_model, get_model("mobilenet_v3_small", weights=None)
 
@@ -278,6 +293,7 @@ def test_saved_file_is_exact_and_tells_all(tmp_path, images):
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
 
 
+@pytest.mark.fault("disk full while training")
 def test_a_failed_save_leaves_the_former_file(tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
     save_weights(build_model(SETTINGS), path, note="first")
@@ -304,6 +320,7 @@ def test_a_file_that_only_begins_like_a_pickle(start, tmp_path):
     assert load_weights(path)[1]["note"] == note
 
 
+@pytest.mark.fault("a checkpoint truncated, or a pickle")
 def test_refused_files(tmp_path):
     good, bad = tmp_path / "good.safetensors", tmp_path / "bad.safetensors"
     model = build_model(SETTINGS)

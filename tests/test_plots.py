@@ -17,6 +17,7 @@ from utils.plots import (
     ETHNICITY_COLOURS,
     GENDER_COLOURS,
     MOSAIC,
+    group_colours,
     pixelate,
     save,
     set_style,
@@ -81,6 +82,23 @@ def test_colours_are_fixed_and_different():
     assert list(GENDER_COLOURS) == list(GENDERS)
     assert len(set(ETHNICITY_COLOURS.values())) == len(ETHNICITIES)
     assert ETHNICITY_COLOURS["White"] == "#0072B2" and ETHNICITY_COLOURS["Others"] == "#56B4E9"
+
+
+def test_other_groups_get_colours_of_their_own():
+    known = group_colours(pd.Series(["White", "Others"]))
+    assert known == {name: ETHNICITY_COLOURS[name] for name in ("Others", "White")}
+    groups = pd.Series(pd.Categorical(["White", "B", "A"], ["White", "A", "B"]))
+    colours = group_colours(groups)
+    assert list(colours) == ["White", "A", "B"] and len(set(colours.values())) == 3
+    assert colours["White"] == ETHNICITY_COLOURS["White"]
+    assert group_colours(groups[::-1]) == colours, "the order of the rows decides nothing"
+    many = group_colours(pd.Series([f"group {i:02d}" for i in range(11)]))
+    assert len(set(many.values())) == 11
+    assert len(group_colours(pd.Series([f"group {i:02d}" for i in range(30)]))) == 30
+
+
+def test_an_empty_grid_is_drawn():
+    assert shown(show_faces(FACES[:0], [], get_settings("sample"))) == []
 
 
 def test_intervals_are_drawn_from_low_to_high_with_n():
