@@ -7,6 +7,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 
+import cv2
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -22,6 +23,7 @@ from utils.plots import (
     save,
     set_style,
     show_faces,
+    show_maps,
     with_intervals,
 )
 from utils.settings import ROOT, get_settings
@@ -153,3 +155,19 @@ def test_only_plots_imports_pyplot_at_import_time():
     found = {path.stem: drawing_imports(path.read_text()) for path in (ROOT / "utils").glob("*.py")}
     assert found.pop("plots")
     assert {module: names for module, names in found.items() if names} == {}
+
+
+@pytest.mark.parametrize(("averages", "pixelated"), [(False, True), (True, False)])
+def test_faces_under_maps_are_pixelated_unless_they_are_averages(averages, pixelated):
+    settings = replace(get_settings("utkface"), publish=True)
+    maps = np.linspace(-1, 1, 9, dtype=np.float32).reshape(1, 3, 3).repeat(len(FACES), 0)
+    titles = [str(i) for i in range(len(FACES))]
+    figure = show_maps(FACES, maps, titles, settings, averages)
+    shown = [axis.images for axis in figure.axes if len(axis.images) == 2]
+    assert len(shown) == len(FACES)
+    greys = [cv2.cvtColor(f, cv2.COLOR_RGB2GRAY) for f in (pixelate(FACES) if pixelated else FACES)]
+    for (face, heat), grey in zip(shown, greys, strict=True):
+        assert np.array_equal(face.get_array(), grey)
+        low, high = heat.get_clim()
+        assert low == -high < 0, "zero is the middle of the colours"
+        assert heat.get_array()[0, 0] < 0 < heat.get_array()[-1, -1]
