@@ -11,7 +11,7 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 EXECUTE := $(BIN)/jupyter nbconvert --to notebook --execute --log-level=WARN \
 	--ExecutePreprocessor.timeout=-1 --ExecutePreprocessor.record_timing=False
 
-.PHONY: help course test lint lab data publish clean
+.PHONY: help course test faults lint lab data publish clean
 
 help:
 	@echo "make course   run every notebook on the drawn sample; results in build/"
@@ -19,6 +19,7 @@ help:
 	@echo "make lab      open the course in JupyterLab"
 	@echo "make data     fetch UTKFace, or take FROM=folder-or-archive, and verify it"
 	@echo "make publish  run every notebook on UTKFace, write the committed outputs and results"
+	@echo "make faults   the tests of what can go wrong, and their table in the README"
 	@echo "make lint     check the code's style"
 	@echo "make clean    remove build/ and the drawn sample"
 
@@ -43,6 +44,11 @@ test: $(READY)
 	@AGE_FACES=sample AGE_PUBLISH=0 $(BIN)/python -m pytest tests notebooks --nbval-lax \
 		--nbval-cell-timeout=600 --numprocesses=2 --dist=loadscope $(ARGS)
 
+faults: $(READY)
+	@AGE_FACES=sample AGE_PUBLISH=0 $(BIN)/python -m pytest tests -m fault \
+		--numprocesses=2 --dist=loadscope $(ARGS)
+	@$(BIN)/python -m utils.report
+
 lint: $(READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check utils tests
 
@@ -53,10 +59,12 @@ data: $(READY)
 	@$(BIN)/python -m utils.sources $(if $(FROM),"$(FROM)") $(ARGS)
 
 publish: $(READY)
+	@$(BIN)/python -m utils.colab
 	@for notebook in $(NOTEBOOKS); do \
 		echo "Publishing $$notebook ..."; \
 		AGE_FACES=utkface AGE_PUBLISH=1 $(EXECUTE) --inplace "$$notebook"; \
 	done
+	@AGE_FACES=utkface AGE_PUBLISH=1 $(BIN)/python -m utils.hero
 	@$(BIN)/python -m utils.report
 	@echo "Done. Look at the notebooks and at figures/ before you commit them."
 

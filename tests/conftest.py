@@ -1,5 +1,7 @@
-"""For every test: where `utils` lies, how many threads, and what a failed notebook cell stops."""
+"""For every test: where `utils` lies, how many threads, what a failed notebook cell stops, and
+which faults are tested."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -27,9 +29,43 @@ class StopNotebook:
         return report
 
 
+class CountFaults:
+    """Counts the tests marked `fault` as they end, and writes build/faults.json, from which
+    `python -m utils.report` makes the README's table. Workers send their counts in the reports."""
+
+    def __init__(self):
+        self.faults = {}
+
+    def pytest_collection_modifyitems(self, items):
+        for item in items:
+            for mark in item.iter_markers("fault"):
+                item.user_properties.append(("fault", list(mark.args)))
+
+    def pytest_runtest_logreport(self, report):
+        if report.when != "call" and report.passed:
+            return
+        for name, value in report.user_properties:
+            if name == "fault":
+                count(self.faults, value, report.outcome)
+
+    def pytest_sessionfinish(self, session):
+        if self.faults and not hasattr(session.config, "workerinput"):
+            folder = Path(__file__).resolve().parents[1] / "build"
+            folder.mkdir(exist_ok=True)
+            (folder / "faults.json").write_text(json.dumps(self.faults, indent=1), "utf-8")
+
+
+def count(faults, mark, outcome):
+    """Add one test to `faults`: for each fault its outcome in words, and tests by their result."""
+    row = faults.setdefault(mark[0], {"outcome": ""})
+    row["outcome"] = row["outcome"] or "".join(mark[1:])
+    row[outcome] = row.get(outcome, 0) + 1
+
+
 def pytest_configure(config):
     # As a plugin of its own: a conftest's hooks do not see the items of other folders.
     config.pluginmanager.register(StopNotebook())
+    config.pluginmanager.register(CountFaults())
     if hasattr(config, "workerinput"):
         # The workers of xdist share the cores, and so do the kernels that they start: with more
         # threads than cores, PyTorch slows down tenfold and more.
@@ -44,6 +80,28 @@ def no_outer_settings(monkeypatch):
     """The reader's own weights and switches decide no test."""
     for name in ("AGE_BACKBONE_WEIGHTS", "AGE_BACKBONE_MEAN_STD", "AGE_DATA", "AGE_PUBLISH"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def own_faces(tmp_path_factory) -> Path:
+    """Your own faces, as a reader may have them: 156 drawn ones in two albums, with names and
+    groups of their own, and a labels.csv that a spreadsheet wrote. To be read only."""
+    from utils.faces import parse_name
+    from utils.synthetic import draw_sample
+
+    home = tmp_path_factory.mktemp("own faces")
+    draw_sample(home / "drawn", 160, seed=3)
+    folder, lines = home / "Porträts 顔", ["File;Age;Gender;Ethnicity;Person"]
+    for i, path in enumerate(sorted((home / "drawn").iterdir())):
+        if path.name.count("_") < 3 or path.stat().st_size < 500:
+            continue  # the defects of the sample
+        labels, name = parse_name(path.name), f"album {i % 2}/Bild {i}.JPG"
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        path.rename(folder / name)
+        group = "Süd" if labels["ethnicity"] == "White" else "NA"
+        lines.append(f"{name};{labels['age']};{labels['gender'][0]};{group};p{i // 2}")
+    (folder / "labels.csv").write_text("\n".join(lines), encoding="utf-8-sig")
+    return folder
 
 
 @pytest.fixture(scope="module")

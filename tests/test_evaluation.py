@@ -1,6 +1,9 @@
 """Figures and intervals: right on examples worked by hand, honest on simulated ones."""
 
 import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,7 @@ from utils.evaluation import (
     record,
     show,
 )
+from utils.settings import ROOT
 
 
 def predictions() -> pd.DataFrame:
@@ -173,6 +177,37 @@ def test_record_adds_and_replaces_and_keeps_the_rest(tmp_path):
         "faces": 5,
         "test": {"MAE": {"value": 4.1235, "n": 7}},
     }
+
+
+def test_record_keeps_four_digits_of_small_figures(tmp_path):
+    record(tmp_path, p=0.000123456, rate=5e-4, share=0.123456, none=0.0)
+    assert results(tmp_path) == {"p": 0.0001235, "rate": 0.0005, "share": 0.1235, "none": 0.0}
+
+
+@pytest.mark.fault("two notebooks that record results at once", "both are kept")
+def test_two_notebooks_record_at_once(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        jobs = [pool.submit(record, tmp_path, **{f"figure_{i}": i}) for i in range(40)]
+        [job.result() for job in jobs]
+    assert results(tmp_path) == {f"figure_{i}": i for i in range(40)}
+
+
+@pytest.mark.fault("killed while recording results", "the file holds the former results, whole")
+def test_killed_while_recording(tmp_path):
+    record(tmp_path, good=1)
+    code = (
+        "import os, signal, sys; from pathlib import Path; from utils import evaluation\n"
+        "write = Path.write_text\n"
+        "def half(path, text):\n"
+        "    write(path, text[: len(text) // 2])\n"
+        "    os.kill(os.getpid(), getattr(signal, 'SIGKILL', signal.SIGTERM))\n"
+        "Path.write_text = half\n"
+        "evaluation.record(Path(sys.argv[1]), good=2, more=list(range(1000)))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, timeout=120)
+    assert ended.returncode != 0 and results(tmp_path) == {"good": 1}
+    record(tmp_path, more=3)
+    assert results(tmp_path) == {"good": 1, "more": 3}
 
 
 def test_record_takes_tables_of_figures(tmp_path):

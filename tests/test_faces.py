@@ -176,6 +176,9 @@ def test_copies_share_a_group_and_a_split(folder, cache):
 # What is left out
 
 
+@pytest.mark.fault(
+    "a corrupt image among good ones", "left out, counted, and listed with its reason"
+)
 def test_unusable_files_are_listed_with_reasons(folder, cache):
     good = encoded(texture(50))
     (folder / "61_1_20170109142408075.jpg.chip.jpg").write_bytes(good)
@@ -199,6 +202,7 @@ def test_unusable_files_are_listed_with_reasons(folder, cache):
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+@pytest.mark.fault("a corrupt image among good ones")
 def test_a_file_cut_anywhere_is_left_out(folder, cache, suffix):
     """No grey half passes for a face, wherever the file ends."""
     data = encoded(texture(60), suffix)
@@ -214,6 +218,7 @@ def test_a_file_cut_anywhere_is_left_out(folder, cache, suffix):
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
+@pytest.mark.fault("a corrupt image among good ones")
 def test_a_file_whose_rest_is_zeros_is_left_out(folder, cache, suffix):
     """An interrupted download may leave that. Some decoders crash on such a PNG."""
     data = encoded(texture(60), suffix)
@@ -233,6 +238,7 @@ def test_bytes_after_the_end_of_an_image_do_no_harm(folder, cache):
     assert name in set(prepare(folder, cache).table["file"])
 
 
+@pytest.mark.fault("a corrupt image among good ones")
 def test_a_link_to_nowhere_and_an_unprintable_name_are_listed(folder, cache):
     try:
         (folder / "50_0_0_20170101000000001.jpg").symlink_to(folder / "gone.jpg")
@@ -246,6 +252,7 @@ def test_a_link_to_nowhere_and_an_unprintable_name_are_listed(folder, cache):
     assert [reason.startswith("malformed name") for reason in found.values()] == [True]
 
 
+@pytest.mark.fault("a corrupt image among good ones")
 def test_a_file_that_cannot_be_read_is_listed(folder, cache, monkeypatch):
     read = Path.read_bytes
 
@@ -326,6 +333,7 @@ def test_the_cache_is_used_again(folder, cache, monkeypatch):
     assert snapshot(cache) == before, "reading wrote something"
 
 
+@pytest.mark.fault("read-only data folder")
 def test_a_whole_cache_needs_no_permission_to_write(folder, cache, monkeypatch):
     prepare(folder, cache)
     paths = [*cache.rglob("*"), cache]
@@ -361,6 +369,7 @@ def rename(path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", [change, touch, add, Path.unlink, rename])
+@pytest.mark.fault("a cache of other files", "noticed by names, sizes and times; built anew")
 def test_changed_files_are_noticed_and_the_old_cache_goes(folder, cache, what):
     prepare(folder, cache)
     (old,) = homes(cache)
@@ -375,6 +384,7 @@ def test_changed_files_are_noticed_and_the_old_cache_goes(folder, cache, what):
         assert np.abs(other.astype(int) - chip).max() <= 2
 
 
+@pytest.mark.fault("paths with spaces and letters beyond ASCII", "work like any other")
 def test_a_folder_with_spaces_and_other_letters(folder, tmp_path):
     home = tmp_path / "Gesichter – été 顔 (1)"
     home.mkdir()
@@ -416,6 +426,7 @@ class FullDisk:
         return self.file.write(data)
 
 
+@pytest.mark.fault("disk full while caching", "says how many MB it needs; no half-made cache stays")
 def test_a_full_disk_says_so_and_leaves_nothing(folder, cache, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(module, "open", FullDisk, raising=False)
@@ -426,6 +437,7 @@ def test_a_full_disk_says_so_and_leaves_nothing(folder, cache, monkeypatch):
     assert len(prepare(folder, cache).table) == 12
 
 
+@pytest.mark.fault("disk full while caching")
 def test_a_full_disk_at_the_last_file_leaves_nothing(folder, cache, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -436,10 +448,31 @@ def test_a_full_disk_at_the_last_file_leaves_nothing(folder, cache, monkeypatch)
     assert homes(cache) == []
 
 
+@pytest.mark.fault("read-only data folder")
 def test_a_cache_that_cannot_be_made_says_so(folder, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match="cannot write the pixel cache.*AGE_DATA"):
         prepare(folder, tmp_path / "file" / "cache")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on file sizes")
+@pytest.mark.fault("disk full while caching")
+def test_a_real_limit_while_caching(folder, cache):
+    """The operating system itself refuses the bytes of the tenth face."""
+    limit = 9 * CHIP_SIZE**2 * 3 + 1000
+    code = f"""
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+try:
+    module.prepare(folder, cache)
+except OSError as error:
+    print(error)
+"""
+    said = python(code, folder, cache).communicate(timeout=120)[0]
+    assert "cannot write the pixel cache" in said and "it needs 1 MB" in said, said
+    assert homes(cache) == []
+    assert len(prepare(folder, cache).table) == 12
 
 
 # Other processes
@@ -468,6 +501,9 @@ module.prepare(folder, cache)
 """
 
 
+@pytest.mark.fault(
+    "killed while caching", "nothing half-made is taken for whole; the next run starts over"
+)
 def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(folder, cache):
     prepare(folder, cache)
     (folder / "70_0_0_20170101.jpg").write_bytes(encoded(texture(70)))
@@ -481,6 +517,7 @@ def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(folder, cache):
     assert len(homes(cache)) == 1, "the half-made cache or the old one is still there"
 
 
+@pytest.mark.fault("two notebooks that prepare the data at once")
 def test_a_second_process_waits_for_the_first_and_takes_its_work(folder, cache, monkeypatch):
     process = python(SLOW, folder, cache, 0.5)
     assert process.stdout.readline() == "half done\n"

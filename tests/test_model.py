@@ -10,7 +10,15 @@ from safetensors.torch import save_file
 from torchvision.models import get_model
 
 import utils.model
-from utils.model import HEADS, OLDEST, AgeRegressor, build_model, load_weights, save_weights
+from utils.model import (
+    HEADS,
+    OLDEST,
+    AgeRegressor,
+    add_facts,
+    build_model,
+    load_weights,
+    save_weights,
+)
 from utils.settings import get_settings
 
 SETTINGS = replace(
@@ -43,6 +51,10 @@ def test_every_family_puts_out_ages(name, head, images, tmp_path, monkeypatch):
     torch.save(state, tmp_path / "weights.pth")
     monkeypatch.setenv("AGE_BACKBONE_WEIGHTS", str(tmp_path / "weights.pth"))
     settings = replace(SETTINGS, backbone=name, pretrained=True, head=head)
+    if (name, head) == ("squeezenet1_1", "ordinal"):
+        with pytest.raises(ValueError, match="linear layer"):
+            build_model(settings)
+        return
     model = build_model(settings, age_mean=40, age_scale=10).eval()
     key = next(key for key, value in state.items() if value.ndim == 4)
     assert torch.equal(model.backbone.state_dict()[key.replace(".norm.1.", ".norm1.")], state[key])
@@ -83,6 +95,62 @@ def test_a_distribution_becomes_its_mean():
     assert mean.item() == pytest.approx(30, abs=1) and spread.item() == pytest.approx(5, abs=0.5)
 
 
+def test_ages_and_spreads_of_every_head():
+    """From outputs that say: surely between 20 and 40, half and half."""
+    outputs = {
+        "distribution": torch.full((1, OLDEST + 1), -50.0),
+        "groups": torch.full((1, 8), -50.0),
+        "ordinal": torch.full((1, OLDEST), -50.0),
+    }
+    outputs["distribution"][0, [20, 40]] = 0.0
+    outputs["groups"][0, [1, 4]] = 0.0  # centres 15 and 45
+    outputs["ordinal"][0, :20], outputs["ordinal"][0, 20:40] = 50.0, 0.0
+    wanted = {"distribution": (30, 10), "groups": (30, 15), "ordinal": (30, 10)}
+    for head, (age, spread) in wanted.items():
+        model = AgeRegressor("resnet18", 64, head=head)
+        answer = model.ages_and_spreads(outputs[head])[0].tolist()
+        assert answer == pytest.approx([age, spread], abs=1e-3), head
+        assert model.ages(outputs[head]).item() == pytest.approx(age, abs=1e-3)
+    answer = AgeRegressor("resnet18", 64).ages_and_spreads(torch.zeros(2, 1))
+    assert answer.shape == (2, 2) and answer[:, 1].isnan().all()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_views_start_from_the_weights_and_keep_apart_what_they_see(name, tmp_path, monkeypatch):
+    state = get_model(name, weights=None).state_dict()
+    torch.save(state, tmp_path / "weights.pth")
+    monkeypatch.setenv("AGE_BACKBONE_WEIGHTS", str(tmp_path / "weights.pth"))
+    images = torch.rand(2, 3, 96, 96)
+    border = images.clone()
+    border[:, :, :8] = 0  # outside of the tight view
+    for views, sees_border in (("face", False), ("face+chip", True)):
+        settings = replace(SETTINGS, backbone=f"{name}:{views}", image_size=96, pretrained=True)
+        model = build_model(settings).eval()
+        first = next(value for value in state.values() if value.ndim == 4)
+        assert torch.equal(next(model.backbone.features.parameters()), first)
+        with torch.inference_mode():  # with statistics of the batch: untrained ones let little by
+            moved = (model.train()(images) - model(border)).abs().max().item()
+        assert (moved > 1e-4) == sees_border
+        model.eval()
+        save_weights(model, tmp_path / "model.safetensors")
+        again = load_weights(tmp_path / "model.safetensors")[0]
+        assert torch.allclose(again(images), model(images))
+    model(images).sum().backward()
+    assert all(p.grad is not None for p in model.backbone.attend.parameters())
+    for wrong in (f"{name}:body", "densenet121:face"):
+        with pytest.raises(ValueError, match="views"):
+            build_model(replace(SETTINGS, backbone=wrong))
+
+
+def test_facts_are_added_to_a_file_and_its_weights_stay(tmp_path, images):
+    model = build_model(SETTINGS).eval()
+    save_weights(model, tmp_path / "model.safetensors", epochs=3)
+    add_facts(tmp_path / "model.safetensors", intervals={"level": 0.9})
+    again, facts = load_weights(tmp_path / "model.safetensors")
+    assert facts["epochs"] == 3 and facts["intervals"] == {"level": 0.9}
+    assert torch.equal(again(images), model(images))
+
+
 def test_the_seed_decides_the_first_weights_and_nothing_else():
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -108,6 +176,7 @@ def test_unknown_names_and_sizes_are_refused():
         AgeRegressor("resnet18", 64, head="dex")
 
 
+@pytest.mark.fault("a checkpoint of another model", "refused; names the tensors that differ")
 def test_weights_file_good_wrong_and_damaged(tmp_path, monkeypatch):
     pretrained = replace(SETTINGS, pretrained=True)
     state = get_model("mobilenet_v3_small", weights=None).state_dict()
@@ -123,6 +192,19 @@ def test_weights_file_good_wrong_and_damaged(tmp_path, monkeypatch):
     assert model.origin == "file good.safetensors"
     assert model.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
     assert model.training
+    # So does a file of this course, with its head and its normalisation.
+    trained = AgeRegressor("mobilenet_v3_small", 48, (0.1,) * 3, (0.2,) * 3, 41.0, 17.0)
+    give("trained.safetensors", lambda path: save_weights(trained, path))
+    model = build_model(pretrained)
+    ours, theirs = model.state_dict(), trained.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    other_head = build_model(replace(pretrained, head="distribution"))
+    assert torch.equal(other_head.backbone.state_dict()[key], theirs[f"backbone.{key}"])
+    assert other_head.mean.flatten().tolist() == pytest.approx([0.1] * 3)
+    with pytest.raises(ValueError, match=r"trained\.safetensors\) are not those of a resnet18"):
+        build_model(replace(pretrained, backbone="resnet18"))
+    monkeypatch.setenv("AGE_BACKBONE_WEIGHTS", str(tmp_path / "good.safetensors"))
+
     # A run that does not ask for pretrained weights does not read the file.
     assert build_model(SETTINGS).origin == "random"
 
@@ -163,6 +245,7 @@ def test_weights_file_good_wrong_and_damaged(tmp_path, monkeypatch):
         build_model(pretrained)
 
 
+@pytest.mark.fault("no network")
 def test_torchvision_weights_and_the_way_out_offline(monkeypatch):
     real, full = get_model, get_model("mobilenet_v3_small", weights=None)
 
@@ -210,6 +293,7 @@ def test_saved_file_is_exact_and_tells_all(tmp_path, images):
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
 
 
+@pytest.mark.fault("disk full while training")
 def test_a_failed_save_leaves_the_former_file(tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
     save_weights(build_model(SETTINGS), path, note="first")
@@ -236,6 +320,7 @@ def test_a_file_that_only_begins_like_a_pickle(start, tmp_path):
     assert load_weights(path)[1]["note"] == note
 
 
+@pytest.mark.fault("a checkpoint truncated, or a pickle")
 def test_refused_files(tmp_path):
     good, bad = tmp_path / "good.safetensors", tmp_path / "bad.safetensors"
     model = build_model(SETTINGS)

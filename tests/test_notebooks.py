@@ -30,6 +30,7 @@ import numpy as np
 import pytest
 import seaborn as sns
 
+from utils import colab
 from utils.plots import set_style, show_faces
 from utils.settings import ROOT, get_settings
 
@@ -112,10 +113,18 @@ def opens_with_a_question_and_a_badge(notebook: dict, name: str) -> list[str]:
     found = []
     if first["cell_type"] != "markdown" or not re.match(r"# [^\n]*\?\s*(\n|$)", text):
         found.append("the first cell does not open with a title (#) that is a question")
-    badge = r"\(https://colab\.research\.google\.com/github/[\w.-]+/[\w.-]+/blob/\w+/notebooks/"
-    if "colab-badge.svg" not in text or not re.search(badge + re.escape(name) + r"\)", text):
+    badge = colab.BADGE % (colab.repository().removeprefix("https://github.com/"), name)
+    if badge not in text.split("\n"):
         found.append("the first cell has no Colab badge, or one that opens another notebook")
     return found
+
+
+def has_the_badge_and_setup_of_all(notebook: dict, name: str) -> list[str]:
+    try:
+        same = colab.with_badge_and_setup(notebook, name) == notebook
+    except ValueError as error:
+        return [str(error)]
+    return [] if same else ["badge or setup cell differ: run `python -m utils.colab`"]
 
 
 def sets_up_first(notebook: dict, name: str) -> list[str]:
@@ -230,6 +239,7 @@ def shows_no_face(notebook: dict, name: str) -> list[str]:
 RULES = [
     follows_the_format,
     opens_with_a_question_and_a_badge,
+    has_the_badge_and_setup_of_all,
     sets_up_first,
     keeps_cells_short,
     ends_no_cell_with_a_semicolon,
@@ -295,12 +305,6 @@ def test_notebook(path: Path, rule: Callable):
     assert not complaints, "\n".join(complaints)
 
 
-def test_setup_is_the_same_everywhere():
-    notebooks = [json.loads(path.read_text(encoding="utf-8")) for path in NOTEBOOKS]
-    setups = {source(cells(notebook, "code")[0]) for notebook in notebooks}
-    assert len(setups) == 1
-
-
 def test_figures_show_no_face():
     paths = [p for p in (ROOT / "figures").rglob("*.png") if not p.name.startswith("average_")]
     shares = {path.name: photo_share(read_png(path.read_bytes())) for path in paths}
@@ -360,10 +364,7 @@ def text(*paragraphs: str) -> dict:
     return {"cell_type": "markdown", "id": "", "metadata": {}, "source": "\n\n".join(paragraphs)}
 
 
-BADGE = (
-    "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
-    "(https://colab.research.google.com/github/some-one/a.course/blob/main/notebooks/01_good.ipynb)"
-)
+BADGE = colab.BADGE % (colab.repository().removeprefix("https://github.com/"), "01_good.ipynb")
 
 
 @pytest.fixture
@@ -374,7 +375,7 @@ def good() -> dict:
         "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3"}},
         "cells": [
             text("# 1. How old is a face?", BADGE, "Takes **You** minutes; see https://a.org/tmp/x."),
-            code("import sys", "setup"),
+            code(colab.SETUP % colab.repository(), "setup"),
             code("from utils.settings import get_settings", "settings"),
             code("print(f'{n:,} faces')", "nbval-check-output",
                  outputs=[printed("23,705 faces, 54.0 % of data/tmp\n"),
@@ -424,6 +425,12 @@ BAD = [
     (opens_with_a_question_and_a_badge,
      put(0, source="# How old?\n\n" + BADGE.replace("01_good", "02_other"))),
     (opens_with_a_question_and_a_badge, drop(0)),
+    (has_the_badge_and_setup_of_all,
+     put(1, source=colab.SETUP % "https://github.com/some-one/course")),
+    (has_the_badge_and_setup_of_all, put(1, source=colab.SETUP % colab.repository() + "\nx = 1")),
+    (has_the_badge_and_setup_of_all,
+     put(0, source="# How old?\n\n" + BADGE.replace("main", "dev"))),
+    (has_the_badge_and_setup_of_all, put(1, metadata={})),
     (sets_up_first, put(1, metadata={})),
     (sets_up_first, put(3, metadata={"tags": ["settings"]})),
     (sets_up_first, lambda notebook: notebook["cells"].insert(1, code("import os"))),

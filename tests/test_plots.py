@@ -7,6 +7,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 
+import cv2
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -17,10 +18,12 @@ from utils.plots import (
     ETHNICITY_COLOURS,
     GENDER_COLOURS,
     MOSAIC,
+    group_colours,
     pixelate,
     save,
     set_style,
     show_faces,
+    show_maps,
     with_intervals,
 )
 from utils.settings import ROOT, get_settings
@@ -83,6 +86,23 @@ def test_colours_are_fixed_and_different():
     assert ETHNICITY_COLOURS["White"] == "#0072B2" and ETHNICITY_COLOURS["Others"] == "#56B4E9"
 
 
+def test_other_groups_get_colours_of_their_own():
+    known = group_colours(pd.Series(["White", "Others"]))
+    assert known == {name: ETHNICITY_COLOURS[name] for name in ("Others", "White")}
+    groups = pd.Series(pd.Categorical(["White", "B", "A"], ["White", "A", "B"]))
+    colours = group_colours(groups)
+    assert list(colours) == ["White", "A", "B"] and len(set(colours.values())) == 3
+    assert colours["White"] == ETHNICITY_COLOURS["White"]
+    assert group_colours(groups[::-1]) == colours, "the order of the rows decides nothing"
+    many = group_colours(pd.Series([f"group {i:02d}" for i in range(11)]))
+    assert len(set(many.values())) == 11
+    assert len(group_colours(pd.Series([f"group {i:02d}" for i in range(30)]))) == 30
+
+
+def test_an_empty_grid_is_drawn():
+    assert shown(show_faces(FACES[:0], [], get_settings("sample"))) == []
+
+
 def test_intervals_are_drawn_from_low_to_high_with_n():
     table = pd.DataFrame(
         {"value": [5.0, 3.0], "low": [4.0, 2.5], "high": [7.0, 3.5], "n": [1234, 20]},
@@ -135,3 +155,19 @@ def test_only_plots_imports_pyplot_at_import_time():
     found = {path.stem: drawing_imports(path.read_text()) for path in (ROOT / "utils").glob("*.py")}
     assert found.pop("plots")
     assert {module: names for module, names in found.items() if names} == {}
+
+
+@pytest.mark.parametrize(("averages", "pixelated"), [(False, True), (True, False)])
+def test_faces_under_maps_are_pixelated_unless_they_are_averages(averages, pixelated):
+    settings = replace(get_settings("utkface"), publish=True)
+    maps = np.linspace(-1, 1, 9, dtype=np.float32).reshape(1, 3, 3).repeat(len(FACES), 0)
+    titles = [str(i) for i in range(len(FACES))]
+    figure = show_maps(FACES, maps, titles, settings, averages)
+    shown = [axis.images for axis in figure.axes if len(axis.images) == 2]
+    assert len(shown) == len(FACES)
+    greys = [cv2.cvtColor(f, cv2.COLOR_RGB2GRAY) for f in (pixelate(FACES) if pixelated else FACES)]
+    for (face, heat), grey in zip(shown, greys, strict=True):
+        assert np.array_equal(face.get_array(), grey)
+        low, high = heat.get_clim()
+        assert low == -high < 0, "zero is the middle of the colours"
+        assert heat.get_array()[0, 0] < 0 < heat.get_array()[-1, -1]

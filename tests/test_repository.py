@@ -115,9 +115,16 @@ def test_foreign_names_are_caught_and_others_pass():
 
 # The documents
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "data/README.md", "data/checkpoints/README.md")
+
+
+def page(name: str) -> str:
+    """A document as it is seen: without its comments."""
+    return re.sub(r"<!--.*?-->", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+README, PAGES = page("README.md"), "\n".join(map(page, DOCUMENTS))
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
-DATA_CARD = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
 
 
 def code(markdown: str) -> str:
@@ -126,7 +133,7 @@ def code(markdown: str) -> str:
 
 
 def test_commands_named_anywhere_exist():
-    named = set(re.findall(r"-m utils\.(\w+)", README + MAKEFILE + DATA_CARD))
+    named = set(re.findall(r"-m utils\.(\w+)", PAGES + MAKEFILE))
     assert {"sources", "training"} <= named
     for module in named:
         path = ROOT / "utils" / f"{module}.py"
@@ -135,7 +142,7 @@ def test_commands_named_anywhere_exist():
 
 
 def test_make_targets_named_in_the_documents_exist():
-    named = set(re.findall(r"\bmake (\w+)", code(README + "\n" + DATA_CARD)))
+    named = set(re.findall(r"\bmake (\w+)", code(PAGES)))
     targets = set(re.findall(r"^(\w+):", MAKEFILE, flags=re.MULTILINE))
     assert {"course", "test"} <= named
     assert named <= targets
@@ -150,10 +157,22 @@ def test_variables_named_in_the_readme_are_read_somewhere():
     assert {name for name in named if f'"{name}"' not in sources} == set()
 
 
-@pytest.mark.parametrize("document", ["README.md", "data/README.md"])
+def test_the_readme_links_every_notebook_and_is_short():
+    names = {path.name for path in (ROOT / "notebooks").glob("*.ipynb")}
+    assert set(re.findall(r"\]\(notebooks/([^)]+)\)", README)) == names
+    seen = re.sub(r"<details>.*?</details>", "", README, flags=re.DOTALL)
+    assert len(seen.split()) < 1500, "a stranger reads it in minutes"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_lead_somewhere(document):
-    path = ROOT / document
-    links = re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", path.read_text(encoding="utf-8"))
+    path, text = ROOT / document, page(document)
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", text)
+    headings = [
+        re.sub(r"[^\w -]", "", h).strip().lower() for h in re.findall(r"^#+ (.*)$", text, re.M)
+    ]
+    places = {heading.replace(" ", "-") for heading in headings}
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= places
     assert {link for link in links if not (path.parent / link).exists()} == set()
 
 

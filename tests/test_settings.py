@@ -82,6 +82,23 @@ def test_only_a_published_run_writes_into_figures(monkeypatch):
     assert get_settings().figures == ROOT / "figures"
 
 
+def test_a_folder_means_your_own_faces(monkeypatch, tmp_path, data):
+    folder = tmp_path / "Meine Bilder 顔"
+    folder.mkdir()
+    monkeypatch.setenv("AGE_FACES", str(folder))
+    own = get_settings()
+    assert (own.faces, own.folder) == ("own", folder)
+    assert own.backbone == get_settings("utkface").backbone and own.pretrained
+    assert "your own faces" in banner(own)
+    (tmp_path / "other" / folder.name).mkdir(parents=True)
+    other = get_settings(str(tmp_path / "other" / folder.name))
+    assert other.cache != own.cache and other.cache.parent == own.cache.parent == data / "cache"
+    assert other.runs != own.runs
+    monkeypatch.setenv("AGE_PUBLISH", "1")
+    with pytest.raises(ValueError, match="not with your own faces"):
+        get_settings()
+
+
 @pytest.mark.parametrize("faces", ["sample", "utkface"])
 def test_printed_settings_show_all_fields_and_no_absolute_path(faces, data):
     settings = get_settings(faces)

@@ -136,6 +136,9 @@ def test_kaggle_zip_gives_one_of_its_copies(folder, tmp_path):
     ],
 )
 @pytest.mark.parametrize("make", [make_tar, make_zip])
+@pytest.mark.fault(
+    "an archive that would write elsewhere", "refused: no link, device or outward path is followed"
+)
 def test_paths_that_leave_the_folder_are_refused(make, name, folder, tmp_path):
     bad = make(tmp_path / "bad", in_utkface(IMAGES) | {name: b"evil"})
     folder.parent.mkdir()
@@ -148,6 +151,7 @@ def test_paths_that_leave_the_folder_are_refused(make, name, folder, tmp_path):
 @pytest.mark.parametrize(
     "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE]
 )
+@pytest.mark.fault("an archive that would write elsewhere")
 def test_links_and_devices_in_a_tar_are_refused(kind, folder, tmp_path):
     info = tarfile.TarInfo("UTKFace/9_0_0_2017.jpg")
     info.type, info.linkname = kind, next(iter(in_utkface(IMAGES)))
@@ -157,6 +161,7 @@ def test_links_and_devices_in_a_tar_are_refused(kind, folder, tmp_path):
     assert not everything(folder.parent)
 
 
+@pytest.mark.fault("an archive that would write elsewhere")
 def test_links_in_a_zip_are_refused(folder, tmp_path):
     info = zipfile.ZipInfo("UTKFace/9_0_0_2017.jpg")
     info.external_attr = (stat.S_IFLNK | 0o777) << 16
@@ -168,6 +173,10 @@ def test_links_in_a_zip_are_refused(folder, tmp_path):
 
 @pytest.mark.parametrize("kind", ["tar.gz", "tar", "zip"])
 @pytest.mark.parametrize("share", [0, 0.001, 0.3, 0.7, 0.99, 0.999999])
+@pytest.mark.fault(
+    "an archive cut off at any byte",
+    "refused by name, with where to fetch it again; no folder is made",
+)
 def test_cut_archives_are_refused(kind, share, archive, folder, tmp_path):
     whole = {
         "tar.gz": archive.read_bytes,
@@ -181,6 +190,34 @@ def test_cut_archives_are_refused(kind, share, archive, folder, tmp_path):
     assert not everything(folder.parent)
 
 
+@pytest.mark.parametrize("kind", ["tar.gz", "tar", "zip"])
+@pytest.mark.fault("an archive cut off at any byte")
+def test_a_small_archive_cut_at_every_byte_is_refused(kind, folder, tmp_path):
+    small = {f"UTKFace/{i}_0_0_2017.jpg": bytes([i]) * 600 for i in (1, 2)}
+    whole = {
+        "tar.gz": make_tar(tmp_path / "small.tar.gz", small).read_bytes(),
+        "tar": gzip.decompress(make_tar(tmp_path / "small.tar.gz", small).read_bytes()),
+        "zip": make_zip(tmp_path / "small.zip", small).read_bytes(),
+    }[kind]
+    end = len(whole)
+    if kind == "tar":  # filled up with zeros: it is whole from the second block of zeros on
+        end = len(whole.rstrip(b"\0")) // 512 * 512 + 2 * 512
+        cuts = {*range(0, end, 37), *(b + d for b in range(0, end, 512) for d in (-1, 0, 1))}
+    else:
+        cuts = set(range(end))
+    cut = tmp_path / f"cut.{kind}"
+    for length in sorted(cut for cut in cuts if 0 <= cut < end):
+        cut.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=f"cut.{kind} is damaged, cut off"):
+            sources.unpack(cut, folder)
+            pytest.fail(f"{length} of {len(whole)} bytes were taken for whole")
+    assert not everything(folder.parent)
+    cut.write_bytes(whole)
+    sources.unpack(cut, folder)
+    assert content(folder) == {Path(name).name: data for name, data in small.items()}
+
+
+@pytest.mark.fault("an archive cut off at any byte")
 def test_a_tar_that_ends_between_two_members_is_refused(archive, folder, tmp_path):
     data = gzip.decompress(archive.read_bytes())
     cut = tmp_path / "cut.tar"
@@ -190,6 +227,7 @@ def test_a_tar_that_ends_between_two_members_is_refused(archive, folder, tmp_pat
     assert not everything(folder.parent)
 
 
+@pytest.mark.fault("an archive damaged inside, or locked")
 def test_an_encrypted_zip_is_refused(folder, tmp_path):
     path = make_zip(tmp_path / "secret.zip", in_utkface(IMAGES))
     packed = bytearray(path.read_bytes())
@@ -199,6 +237,7 @@ def test_an_encrypted_zip_is_refused(folder, tmp_path):
         sources.unpack(path, folder)
 
 
+@pytest.mark.fault("an archive damaged inside, or locked", "refused by name; no folder is made")
 def test_damage_inside_an_archive_is_noticed(archive, folder, tmp_path):
     damaged = bytearray(archive.read_bytes())
     damaged[len(damaged) // 2] ^= 0xFF
@@ -223,6 +262,10 @@ def test_sources_without_the_set_are_refused(folder, tmp_path):
 # --- the disk -----------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(
+    "disk full while fetching or unpacking",
+    "told before it starts where it can be known, with the MB needed; nothing half-made stays",
+)
 def test_too_little_disk_is_told_before_unpacking(archive, folder, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(OSError, match="disk too full, 0 MB needed.*AGE_DATA") as caught:
@@ -232,6 +275,7 @@ def test_too_little_disk_is_told_before_unpacking(archive, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+@pytest.mark.fault("disk full while fetching or unpacking")
 def test_a_failing_disk_leaves_nothing(code, archive, folder, monkeypatch):
     copy, copied = shutil.copyfileobj, []
 
@@ -248,6 +292,7 @@ def test_a_failing_disk_leaves_nothing(code, archive, folder, monkeypatch):
     assert not everything(folder.parent)
 
 
+@pytest.mark.fault("read-only data folder")
 def test_things_in_the_way_are_named(archive, folder, data):
     data.write_text("a file where the data folder should be")
     with pytest.raises(OSError, match="cannot make .*move away what is in the way"):
@@ -263,6 +308,10 @@ def test_things_in_the_way_are_named(archive, folder, data):
     assert content(folder) == IMAGES
 
 
+@pytest.mark.fault(
+    "read-only data folder",
+    "what is there is read; what must be written says where, and that AGE_DATA moves it",
+)
 def test_a_folder_that_is_there_is_read_from_a_read_only_disk(
     archive, folder, original, monkeypatch, capsys
 ):
@@ -305,6 +354,9 @@ def start_unpack(archive: Path, folder: Path) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8")
 
 
+@pytest.mark.fault(
+    "killed while unpacking", "nothing half-made is taken for whole; the next run starts over"
+)
 def test_a_killed_run_leaves_nothing_taken_for_whole(archive, folder):
     process = start_unpack(archive, folder)
     assert process.stdout.readline() == process.stdout.readline() == "copied\n"
@@ -319,6 +371,10 @@ def test_a_killed_run_leaves_nothing_taken_for_whole(archive, folder):
     assert everything(folder.parent) == {folder, *folder.iterdir()}
 
 
+@pytest.mark.fault(
+    "two notebooks that prepare the data at once",
+    "the second waits and takes the work of the first",
+)
 def test_two_processes_at_once_unpack_once(archive, folder):
     output = [p.communicate()[0] for p in [start_unpack(archive, folder) for _ in range(2)]]
     assert sorted(text.count("copied") for text in output) == [0, 6]
@@ -439,6 +495,10 @@ def fetch(archive, data):
         (["drop", "lie"], 2),
     ],
 )
+@pytest.mark.fault(
+    "a download that breaks off or stalls",
+    "tried again after a pause, from the byte where it stopped; the result is verified",
+)
 def test_passing_faults_are_survived(plan, requests, mirrors, fetch, archive):
     if "lie" in plan:  # a mirror that lies to the end; the next one is honest
         servers = [mirrors("drop", "lie"), mirrors()]
@@ -464,6 +524,9 @@ def test_passing_faults_are_survived(plan, requests, mirrors, fetch, archive):
         ("lie", "differs from the original"),
     ],
 )
+@pytest.mark.fault(
+    "a mirror that sends something else", "the next mirror is asked; nothing unverified is unpacked"
+)
 def test_a_mirror_without_the_archive_is_left_at_once(
     step, reason, mirrors, fetch, archive, capsys
 ):
@@ -474,6 +537,10 @@ def test_a_mirror_without_the_archive_is_left_at_once(
     assert reason in line
 
 
+@pytest.mark.fault(
+    "no network",
+    "says what failed and how to go on without: another time, a file by hand, the drawn sample",
+)
 def test_no_mirror_left(mirrors, fetch, data):
     dead = mirrors()
     dead.close()
@@ -486,6 +553,7 @@ def test_no_mirror_left(mirrors, fetch, data):
     assert not (data / "UTKFace.tar.gz").exists()
 
 
+@pytest.mark.fault("a download that breaks off or stalls")
 def test_a_later_run_fetches_only_the_rest(mirrors, fetch, archive, data, monkeypatch):
     size, part = archive.stat().st_size, data / "UTKFace.tar.gz.part"
     monkeypatch.setattr(sources, "TRIES", 1)
@@ -502,7 +570,34 @@ def test_a_later_run_fetches_only_the_rest(mirrors, fetch, archive, data, monkey
     assert len(mirror.ranges) == 1
 
 
+@pytest.mark.fault("killed while downloading", "the next run asks for the rest only")
+def test_killed_while_downloading_then_resumed(mirrors, fetch, archive, data):
+    whole, part, stalled = archive.read_bytes(), data / "UTKFace.tar.gz.part", mirrors("stall")
+    code = (
+        "import sys; from pathlib import Path; from unittest.mock import MagicMock\n"
+        "sys.modules.update({'utils.faces': MagicMock(), 'utils.synthetic': MagicMock()})\n"
+        "from utils import sources\n"
+        "sources.download(Path(sys.argv[1]), True, [sys.argv[2]], int(sys.argv[3]), 'x' * 64)"
+    )
+    words = [str(part.with_suffix("")), stalled.url, str(len(whole))]
+    process = subprocess.Popen(
+        [sys.executable, "-X", "utf8", "-c", code, *words], cwd=ROOT, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not (part.is_file() and part.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    have = part.stat().st_size
+    assert 0 < have < len(whole) and not part.with_suffix("").exists()
+    mirror = mirrors()
+    assert fetch(mirror).read_bytes() == whole
+    assert mirror.ranges == [f"bytes={have}-"]
+
+
 @pytest.mark.parametrize("left", [b"\x1f\x8brubbish", bytes(10_000_000)])
+@pytest.mark.fault("a download that breaks off or stalls")
 def test_a_wrong_left_over_is_thrown_away(left, mirrors, fetch, archive, data):
     data.mkdir()
     (data / "UTKFace.tar.gz.part").write_bytes(left)
@@ -525,6 +620,7 @@ def test_a_damaged_archive_of_an_earlier_run_is_fetched_again(mirrors, fetch, ar
     assert fetch(mirrors()).read_bytes() == archive.read_bytes()
 
 
+@pytest.mark.fault("disk full while fetching or unpacking")
 def test_too_little_disk_is_told_before_downloading(mirrors, fetch, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     mirror = mirrors()
@@ -612,6 +708,7 @@ def test_the_real_archive_is_the_complete_original(folder, monkeypatch, capsys):
 # --- what notebooks and the command line call ---------------------------------------------------
 
 
+@pytest.mark.fault("no data", "names the three ways to get faces")
 def test_get_folder_for_utkface(archive, folder, original, monkeypatch, capsys):
     settings = get_settings("utkface")
     with pytest.raises(FileNotFoundError) as caught:
@@ -642,6 +739,7 @@ def test_a_relative_archive_is_found_from_a_notebook(archive, folder, monkeypatc
     assert sources.get_folder(get_settings("utkface")) == folder
 
 
+@pytest.mark.fault("two notebooks that prepare the data at once")
 def test_the_sample_is_drawn_once_and_prepared(monkeypatch):
     settings, calls = get_settings("sample"), []
 

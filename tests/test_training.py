@@ -168,6 +168,7 @@ def test_a_finished_run_is_loaded_not_trained(faces, reference, capsys):
     assert "reference: trained earlier, 3 epochs from random weights" in capsys.readouterr().out
 
 
+@pytest.mark.fault("a run folder of other settings", "refused; names each setting that differs")
 def test_another_configuration_is_refused(faces, reference, monkeypatch):
     run = reference[1]
     with pytest.raises(ValueError, match=r"reference.*learning_rate 0.001 there, 0.01 now.*delete"):
@@ -222,6 +223,10 @@ def test_averaged_weights_are_what_is_validated_and_kept(settings, faces, tmp_pa
 
 
 @pytest.mark.parametrize("settings", [SETTINGS, BATCH_NORM], ids=lambda given: given.backbone)
+@pytest.mark.fault(
+    "training stopped by hand (Ctrl-C)",
+    "goes on after its last whole epoch, also when its folder was moved; the same weights come out",
+)
 def test_stopped_by_hand_then_resumed_elsewhere(settings, faces, tmp_path, capsys):
     """Ctrl-C in epoch 2; the folder moves; the rest is read and learnt as if nothing had been."""
 
@@ -321,7 +326,137 @@ training.train(faces, SETTINGS, run, **OPTIONS)
 }
 
 
+ENDS = {
+    "before the weights are written": "training.save_weights = lambda *_, **__: kill()",
+    "before the checkpoints are removed": "Path.unlink = lambda *_, **__: kill()",
+}
+
+
+@pytest.mark.parametrize("moment", ENDS)
+@pytest.mark.fault("killed while training")
+def test_killed_at_the_end_then_called_again(moment, faces, reference, tmp_path):
+    train_it = "\ntraining.train(faces, SETTINGS, run, **OPTIONS)"
+    ended = script(tmp_path, ENDS[moment] + train_it)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    run = tmp_path / "run"
+    assert (run / "last.ckpt").is_file()
+    assert (run / "model.safetensors").is_file() == (moment == list(ENDS)[1])
+    spy = Spy(faces.pixels)
+    assert same(train(faces._replace(pixels=spy), SETTINGS, run, **OPTIONS), reference[0])
+    assert not set(spy.rows) & set(rows_of(faces, "train")), "an epoch was trained once more"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on file sizes")
+@pytest.mark.fault(
+    "disk full while training", "says so; goes on after its last whole epoch once there is room"
+)
+def test_a_full_disk_while_training(faces, reference, tmp_path):
+    """The operating system refuses a checkpoint's bytes in epoch 2; what there was stays."""
+    ended = script(
+        tmp_path,
+        "import resource\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "save = training.torch.save\n"
+        "def limited(checkpoint, file):\n"
+        "    if checkpoint['epoch'] == 1:\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n"
+        "    save(checkpoint, file)\n"
+        "training.torch.save = limited\n"
+        "training.train(faces, SETTINGS, run, **OPTIONS)",
+    )
+    assert ended.returncode == 1
+    last = ended.stderr.strip().splitlines()[-1]
+    assert re.search(r"OSError: .*\.ckpt cannot be written .*free some space.*still there", last)
+    run = tmp_path / "run"
+    assert {file.name for file in run.glob("*ckpt*")} == {"best.ckpt", "last.ckpt"}
+    assert torch.load(run / "last.ckpt", weights_only=True)["epoch"] == 0
+    assert same(train(faces, SETTINGS, run, **OPTIONS), reference[0])
+
+
+def memory_for(most: int, epoch: int = 0):
+    """A training step on a GPU whose memory is too small for more than `most` faces at once."""
+
+    def training_step(self, batch, step, real=AgeTask.training_step):
+        if len(batch[0]) > most and self.current_epoch >= epoch:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(self, batch, step)
+
+    return training_step
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+@pytest.mark.fault(
+    "CUDA out of memory",
+    "batch halved, two halves make one step, said so; the same weights come out",
+)
+def test_out_of_gpu_memory_halves_the_batch(epoch, faces, tmp_path, monkeypatch, capsys):
+    """From the start or after a whole epoch; without chance, the same weights come out."""
+    monkeypatch.setattr(torch.nn.functional, "dropout", lambda values, *_: values)
+    options = dict(augmentation={}, epochs=2, **OPTIONS)
+    whole = train(faces, SETTINGS, tmp_path / "whole", **options)
+    capsys.readouterr()
+    monkeypatch.setattr(AgeTask, "training_step", memory_for(2, epoch))
+    model = train(faces, SETTINGS, tmp_path / "run", **options)
+    said = capsys.readouterr().out
+    for size, parts in ((4, 2), (2, 4)):
+        assert f"too small for {2 * size} faces at once" in said
+        assert f"with {size} at once; {parts} of these make a step" in said
+    pairs = zip(whole.parameters(), model.parameters(), strict=True)
+    assert max((a - b).abs().max() for a, b in pairs) < 1e-4
+    one, two = history(tmp_path / "whole"), history(tmp_path / "run")
+    pd.testing.assert_frame_equal(one.iloc[:, :4], two.iloc[:, :4], rtol=1e-4)
+
+
+@pytest.mark.fault("CUDA out of memory")
+def test_out_of_gpu_memory_to_the_end_says_what_to_do(faces, tmp_path, monkeypatch):
+    monkeypatch.setattr(AgeTask, "training_step", memory_for(0))
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="CUDA out of memory.*smaller image_size"):
+        train(faces, SETTINGS, tmp_path / "run", **OPTIONS)
+
+
+class Attack:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("damage", ["cut off", "a pickle that runs code", "a web page"])
+@pytest.mark.fault("a checkpoint truncated, or a pickle", "refused by name; nothing in it is run")
+def test_a_damaged_checkpoint_is_named(damage, faces, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(utils.training, "_export", lambda *arguments: None)
+        with pytest.raises(FileNotFoundError):
+            train(faces, SETTINGS, tmp_path / "run", epochs=1, **OPTIONS)
+    last = tmp_path / "run" / "last.ckpt"
+    if damage == "cut off":
+        last.write_bytes(last.read_bytes()[:-1000])
+    elif damage == "a web page":
+        last.write_text("<html>not found</html>")
+    else:
+        torch.save({"epoch": Attack(tmp_path / "attacked")}, last)
+    with pytest.raises(ValueError, match=r"last\.ckpt is damaged or no checkpoint.*delete it"):
+        train(faces, SETTINGS, tmp_path / "run", epochs=1, **OPTIONS)
+    assert not (tmp_path / "attacked").exists()
+    last.unlink()
+    train(faces, SETTINGS, tmp_path / "run", epochs=1, **OPTIONS)
+
+
+@pytest.mark.fault("read-only data folder")
+def test_a_folder_that_cannot_be_written_is_told(faces, tmp_path):
+    (tmp_path / "file").write_text("in the way")  # root may write wherever there is a folder
+    with pytest.raises(OSError, match="run cannot be written.*AGE_DATA"):
+        train(faces, SETTINGS, tmp_path / "file" / "run", **OPTIONS)
+
+
 @pytest.mark.parametrize("moment", KILLS)
+@pytest.mark.fault(
+    "killed while training",
+    "goes on after its last whole epoch; the same weights come out as without",
+)
 def test_killed_then_resumed_is_the_uninterrupted_run(moment, faces, reference, tmp_path):
     ended = script(tmp_path, KILLS[moment])
     assert ended.returncode == -signal.SIGKILL, ended.stderr
@@ -362,6 +497,10 @@ def test_two_processes_agree_with_one(faces, tmp_path, monkeypatch):
         assert np.allclose(one[column], two[column], rtol=0.01), column
 
 
+@pytest.mark.fault(
+    "a loss that is not a number",
+    "stops at once; names epoch, step and learning rate; keeps no broken weights",
+)
 def test_non_finite_loss_stops_and_says_where(faces, tmp_path):
     ages = faces.table["age"].astype(float)
     ages[rows_of(faces, "train")[5]] = np.nan
@@ -483,6 +622,9 @@ def test_worst_group_gains_weight_and_the_file_holds_only_the_model(faces, tmp_p
     assert mae(model, faces, "valid") < 40
 
 
+@pytest.mark.fault(
+    "weights that may know the test faces", "refused where they were trained on another split"
+)
 def test_trained_model_is_the_own_run_else_the_published_weights(
     faces, reference, tmp_path, monkeypatch, capsys
 ):
@@ -500,6 +642,10 @@ def test_trained_model_is_the_own_run_else_the_published_weights(
     assert same(trained_model(faces, drawn), reference[0])
 
 
+@pytest.mark.fault(
+    "two notebooks that train the same network",
+    "the second waits and loads what the first has made",
+)
 def test_two_at_once_train_it_once(faces, tmp_path, capsys):
     """As two notebooks do: the second waits, and loads what the first has made."""
     with ThreadPoolExecutor(2) as pool:

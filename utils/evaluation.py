@@ -11,6 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from filelock import FileLock
+
+from utils.model import write_atomically
 
 AGE_BANDS = {"0-9": 0, "10-19": 10, "20-29": 20, "30-39": 30, "40-49": 40, "50-59": 50,
              "60-69": 60, "70+": 70}  # fmt: skip
@@ -90,7 +93,8 @@ def label_pairs(table: pd.DataFrame) -> pd.DataFrame:
         for a, b in itertools.combinations(part.itertuples(), 2)
     ]
     columns = ["file", "other_file", "age", "other_age", "difference", "group"]
-    return pd.DataFrame(rows, columns=columns)
+    numbers = dict.fromkeys(["age", "other_age", "difference"], table["age"].dtype)
+    return pd.DataFrame(rows, columns=columns).astype(numbers)  # numbers, even where there is none
 
 
 def label_noise(pairs: pd.DataFrame) -> dict:
@@ -104,13 +108,16 @@ def label_noise(pairs: pd.DataFrame) -> dict:
 
 def record(folder: Path, **figures) -> None:
     """Add figures to `results.json` in a folder; each is a dict(value, low, high, n), a nested
-    dict of such, or plain facts. NaN becomes null. Other figures in the file stay as they are."""
+    dict of such, or plain facts. NaN becomes null. Other figures in the file stay as they are,
+    also where two notebooks record at once, or one is killed while it does."""
+    text = json.dumps(figures, default=_plain)
+    new = json.loads(text, parse_float=_rounded, parse_constant=lambda nan: None)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "results.json"
-    results = json.loads(path.read_text()) if path.is_file() else {}
-    text = json.dumps(figures, default=_plain)
-    results.update(json.loads(text, parse_float=_rounded, parse_constant=lambda nan: None))
-    path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    with FileLock(folder / ".results.json.lock"):
+        results = json.loads(path.read_text()) if path.is_file() else {}
+        text = json.dumps(results | new, indent=1, sort_keys=True) + "\n"
+        write_atomically(path, lambda file: file.write_text(text))
 
 
 def as_figures(table: pd.DataFrame) -> dict:
@@ -127,7 +134,9 @@ def _plain(value):
 
 
 def _rounded(text: str) -> float:
-    return round(float(text), 4)
+    """Four decimals, or four digits where that would be fewer: a small p-value is not 0."""
+    value = float(text)
+    return round(value, 4) if abs(value) >= 0.1 else float(f"{value:.4g}")
 
 
 def show(figure: dict | pd.Series, digits: int = 2) -> str:

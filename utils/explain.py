@@ -32,6 +32,8 @@ def stages(model: AgeRegressor) -> dict[int, nn.Module]:
 
     Raises ValueError where the backbone keeps no square maps (vision transformers).
     """
+    if model.backbone_name.startswith(("vit", "swin")):
+        raise ValueError(f"{model.backbone_name} is a transformer: it keeps no maps of channels")
     found: dict[int, nn.Module] = {}
     backbone = model.backbone
     blocks = list(getattr(backbone, "features", backbone).children())
@@ -48,8 +50,6 @@ def stages(model: AgeRegressor) -> dict[int, nn.Module]:
     finally:
         for handle in handles:
             handle.remove()
-    if not found:
-        raise ValueError(f"{model.backbone_name} keeps no maps that Grad-CAM could weigh")
     return dict(sorted(found.items(), reverse=True))
 
 
@@ -79,7 +79,7 @@ def age_maps(
             chips = torch.from_numpy(chips).permute(0, 3, 1, 2).to(device)
             images = resize(spoil(chips) if spoil else chips, model.image_size)
             targets = [lambda age: age] * len(images)
-            cam(images, targets)
+            cam(images.requires_grad_(), targets)  # so that frozen weights have gradients, too
             kept = cam.activations_and_grads
             seen, slopes = kept.activations[0].numpy(), kept.gradients[0].numpy()
             maps.append(cam.get_cam_image(images, layer, targets, seen, slopes, False))

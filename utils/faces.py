@@ -24,6 +24,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torchvision.transforms.v2 import functional as F
 
+from utils.labels import IMAGE_TYPES, LABELS, read_labels
 from utils.settings import CHIP_SIZE
 
 GENDERS = ("male", "female")
@@ -35,7 +36,12 @@ CACHE_VERSION = 1
 CHUNK = 256  # files decoded before their pixels are written out
 
 _NAME = re.compile(r"^(\d{1,3})_([01])_([0-4])_\d")
-_IMAGE_TYPES = {".jpg", ".jpeg", ".png", ".webp"}
+
+
+class _File(NamedTuple):
+    name: str
+    path: str
+    labels: dict | str | None = None  # of labels.csv, or why it has none; None: the name has them
 
 
 class Faces(NamedTuple):
@@ -61,12 +67,14 @@ def parse_name(name: str) -> dict:
 def prepare(folder: Path, cache: Path) -> Faces:
     """Decode a folder of face images once; later calls only map the result into memory.
 
-    Pixels are CHIP_SIZE px squares. The cache is keyed by every file's name, size and time of
-    change, built beside its final place and then moved, so a killed run leaves nothing that is
-    taken for whole, and two processes may ask at once.
+    Labels come from the file names, as UTKFace has them, or from a labels.csv in the folder
+    (utils.labels). Pixels are CHIP_SIZE px squares. The cache is keyed by every file's name, size
+    and time of change, and by the rows of labels.csv. It is built beside its final place and
+    then moved: a killed run leaves nothing that is taken for whole, and two processes may ask at
+    once.
 
-    Raises FileNotFoundError where the folder is missing or holds no usable face, and OSError
-    where the cache cannot be written.
+    Raises FileNotFoundError where the folder is missing or holds no usable face, ValueError where
+    labels.csv cannot be read, and OSError where the cache cannot be written.
     """
     files = _list_files(folder)
     home = cache / _fingerprint(files)
@@ -85,33 +93,42 @@ def prepare(folder: Path, cache: Path) -> Faces:
                 f"{need:,.0f} MB in a folder that can be written to; free some space, or set "
                 "AGE_DATA to another folder"
             ) from error
-    text = dict.fromkeys(["file", "group", "sha256", "dhash"], str)
-    table = pd.read_csv(home / "faces.csv", dtype=text)
-    for column, values in (("gender", GENDERS), ("ethnicity", ETHNICITIES), ("split", SPLITS)):
-        table[column] = pd.Categorical(table[column], list(values))
+    text = ("file", "group", "sha256", "dhash", "gender", "ethnicity", "person")
+    table = pd.read_csv(home / "faces.csv", dtype=dict.fromkeys(text, str), na_filter=False)
+    own = any(file.labels is not None for file in files)
+    for column, known in (("gender", GENDERS), ("ethnicity", ETHNICITIES), ("split", SPLITS)):
+        names = set(table[column]) if own and column != "split" else set(known)
+        order = [name for name in known if name in names] + sorted(names - set(known))
+        table[column] = pd.Categorical(table[column], order)
     shape = (len(table), CHIP_SIZE, CHIP_SIZE, 3)
     pixels = np.memmap(home / "pixels.u8", np.uint8, "r", shape=shape)
     return Faces(table, pixels, pd.read_csv(home / "excluded.csv", dtype=str, na_filter=False))
 
 
-def _list_files(folder: Path) -> list[os.DirEntry]:
-    """Entries of a folder in order of name."""
+def _list_files(folder: Path) -> list[_File]:
+    """What is in a folder, or in its labels.csv, in order of name."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: run `make data`, or set AGE_FACES=sample")
+    if (folder / LABELS).is_file():
+        return [_File(name, str(folder / name), labels) for name, labels in read_labels(folder)]
     with os.scandir(folder) as entries:
-        return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+        files = [_File(entry.name, entry.path) for entry in entries]
+    return sorted(file for file in files if not file.name.startswith("."))
 
 
-def _fingerprint(files: list[os.DirEntry]) -> str:
+def _fingerprint(files: list[_File]) -> str:
     """Short digest of names, sizes and times of change: another set gives another cache."""
     digest = hashlib.sha256(f"{CACHE_VERSION} {CHIP_SIZE}".encode())
-    for entry in files:
-        status = entry.stat(follow_symlinks=os.path.exists(entry.path))  # a link may lead nowhere
-        digest.update(os.fsencode(f"{entry.name}/{status.st_size}/{status.st_mtime_ns}\n"))
+    for file in files:
+        if file.labels is not None:
+            digest.update(os.fsencode(f"{file.labels}\n"))
+        if os.path.lexists(file.path):
+            status = (os.stat if os.path.exists(file.path) else os.lstat)(file.path)
+            digest.update(os.fsencode(f"{file.name}/{status.st_size}/{status.st_mtime_ns}\n"))
     return digest.hexdigest()[:16]
 
 
-def _build(folder: Path, files: list[os.DirEntry], home: Path) -> None:
+def _build(folder: Path, files: list[_File], home: Path) -> None:
     for leftover in home.parent.glob("*.partial"):
         shutil.rmtree(leftover)
     partial = home.with_suffix(".partial")
@@ -127,12 +144,15 @@ def _build(folder: Path, files: list[os.DirEntry], home: Path) -> None:
                     out.write(chip)
                     rows.append(row)
         if not rows:
+            wanted = "names like '26_0_1_20170116.jpg' (age_gender_ethnicity_date) are expected"
+            if excluded and (folder / LABELS).is_file():
+                wanted = f"{LABELS} has {len(excluded):,} rows, the first: {excluded[0]}"
             raise FileNotFoundError(
-                f"no usable face among the {len(files):,} files of {folder}: names like "
-                "'26_0_1_20170116.jpg' (age_gender_ethnicity_date) are expected"
+                f"no usable face among the {len(files):,} files of {folder}: {wanted}, "
+                f"or a {LABELS} with the columns file and age"
             )
         table = pd.DataFrame(rows)
-        table["group"] = duplicate_groups(table["file"], table["dhash"])
+        table["group"] = duplicate_groups(table["file"], table["dhash"], table.get("person"))
         table["split"] = split(table["group"])
         table.to_csv(partial / "faces.csv", index=False)
         pd.DataFrame(excluded, columns=["file", "reason"]).to_csv(
@@ -148,7 +168,7 @@ def _build(folder: Path, files: list[os.DirEntry], home: Path) -> None:
             shutil.rmtree(other, ignore_errors=True)
 
 
-def _decode_all(files: list[os.DirEntry]) -> Iterator[tuple[str, str | tuple[bytes, dict]]]:
+def _decode_all(files: list[_File]) -> Iterator[tuple[str, str | tuple[bytes, dict]]]:
     """Name and (pixels, row), or name and the reason for leaving it out, in order of name."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(files), CHUNK):
@@ -156,13 +176,15 @@ def _decode_all(files: list[os.DirEntry]) -> Iterator[tuple[str, str | tuple[byt
             yield from zip((e.name for e in chunk), pool.map(_decode, chunk), strict=True)
 
 
-def _decode(entry: os.DirEntry) -> str | tuple[bytes, dict]:
-    if not entry.is_file() or Path(entry.name).suffix.lower() not in _IMAGE_TYPES:
+def _decode(entry: _File) -> str | tuple[bytes, dict]:
+    if isinstance(entry.labels, str):
+        return entry.labels
+    if not os.path.isfile(entry.path) or Path(entry.name).suffix.lower() not in IMAGE_TYPES:
         return "not an image file"
     if not entry.name.isprintable():
         return "malformed name: characters that cannot be printed"
     try:
-        labels = parse_name(entry.name)
+        labels = entry.labels or parse_name(entry.name)
     except ValueError as error:
         return str(error)
     try:
@@ -243,10 +265,16 @@ def near_duplicates(
             yield (pairs + torch.tensor([i, j])).numpy()
 
 
-def duplicate_groups(files: pd.Series, dhash: pd.Series, limit: int = HASH_LIMIT) -> np.ndarray:
+def duplicate_groups(
+    files: pd.Series,
+    dhash: pd.Series,
+    person: pd.Series | None = None,
+    limit: int = HASH_LIMIT,
+) -> np.ndarray:
     """For each face the name of its group: the smallest file name among its near-duplicates.
 
-    Near-duplicates of near-duplicates share a group; byte-identical files always do.
+    Near-duplicates of near-duplicates share a group; byte-identical files always do, and so do
+    all faces of one `person` (a name for each face; "" where it is not known).
     """
     unique, codes = np.unique(dhash.to_numpy(str), return_inverse=True)
     hashes = np.stack([np.frombuffer(bytes.fromhex(h), np.uint8) for h in unique])
@@ -256,7 +284,13 @@ def duplicate_groups(files: pd.Series, dhash: pd.Series, limit: int = HASH_LIMIT
             edges = labels[pairs].T
             graph = coo_array((np.ones(len(pairs)), edges), shape=(len(unique),) * 2)
             labels = connected_components(graph, directed=False)[1][labels]
-    return files.groupby(labels[codes]).transform("min").to_numpy()
+    groups = pd.Series(labels[codes], files.index)
+    if person is not None:
+        known = groups[person != ""]
+        pairs = known, known.groupby(person[person != ""]).transform("first")
+        graph = coo_array((np.ones(len(known)), pairs), shape=(len(unique),) * 2)
+        groups = pd.Series(connected_components(graph, directed=False)[1][groups], files.index)
+    return files.groupby(groups).transform("min").to_numpy()
 
 
 def split(groups: pd.Series) -> np.ndarray:

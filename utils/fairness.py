@@ -148,10 +148,12 @@ def decompose(predictions: pd.DataFrame, key: str = "ethnicity") -> pd.DataFrame
 
     `age mix`: what its other ages alone would cause; `within ages`: what remains at equal age
     (Kitagawa, "Components of a Difference Between Two Rates", JASA 1955). A band that one side
-    lacks counts as age mix.
+    lacks counts as age mix. Raises ValueError where there is one group only.
     """
     bands = age_band(predictions["age"])
     errors = (predictions["predicted"] - predictions["age"]).abs()
+    if predictions[key].nunique() < 2:
+        raise ValueError(f"all faces have one {key}: two groups are needed for a comparison")
     rows = {}
     for name in sorted(predictions[key].astype(str).unique()):
         inside = (predictions[key].astype(str) == name).to_numpy()

@@ -12,6 +12,7 @@ import urllib.error
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -224,10 +225,11 @@ def build_model(
     """New model for `settings.backbone` at `settings.image_size`, seeded by `settings.seed`.
 
     With `settings.pretrained` the backbone starts from the file in AGE_BACKBONE_WEIGHTS (a state
-    dict of this backbone, .pth or .safetensors), else from torchvision's default weights, which
-    are downloaded once. Offline, it warns and starts from random weights. Normalisation follows
-    the weights; for a file it is ImageNet's unless AGE_BACKBONE_MEAN_STD says otherwise ("0.5,0.5":
-    mean and standard deviation of all channels, pixels in 0-1).
+    dict of this backbone, .pth or .safetensors, or a file of `save_weights`, whose head is kept),
+    else from torchvision's default weights, which are downloaded once. Offline, it warns and
+    starts from random weights. Normalisation follows the weights; for a plain file it is ImageNet's
+    unless AGE_BACKBONE_MEAN_STD says otherwise ("0.5,0.5": mean and standard deviation of all
+    channels, pixels in 0-1).
 
     Raises FileNotFoundError or ValueError where the file is missing, unreadable, or another
     model's, and ValueError where the backbone cannot take images of this size.
@@ -235,7 +237,11 @@ def build_model(
     name, size = settings.backbone, settings.image_size
     state, mean, std, origin = None, IMAGENET_MEAN, IMAGENET_STD, "random"
     file = os.environ.get("AGE_BACKBONE_WEIGHTS")
-    if settings.pretrained and file:
+    trained = _trained(Path(file).expanduser()) if settings.pretrained and file else None
+    if trained:
+        state, origin = trained.backbone.state_dict(), f"file {Path(file).name}"
+        mean, std = trained.mean.flatten().tolist(), trained.std.flatten().tolist()
+    elif settings.pretrained and file:
         state, origin = _read_state(Path(file).expanduser()), f"file {Path(file).name}"
         mean, std = _mean_std(os.environ.get("AGE_BACKBONE_MEAN_STD"))
     elif settings.pretrained:
@@ -260,12 +266,24 @@ def build_model(
     if state is not None:
         _fill(model, state, origin)
         model.origin = origin
+        if trained and trained.head == model.head:
+            model.load_state_dict(trained.state_dict())
     try:
         with torch.inference_mode():
             model.eval()(torch.zeros(1, 3, size, size))
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"{name} cannot take images of {size} px: {error}") from error
     return model.train()
+
+
+def _trained(path: Path) -> AgeRegressor | None:
+    """The model of a file of `save_weights`; None for a file of another kind."""
+    try:
+        with safe_open(path, "pt") as file:
+            ours = (file.metadata() or {}).get("format") == json.dumps(FORMAT)
+    except (SafetensorError, OSError):
+        return None
+    return load_weights(path)[0] if ours else None
 
 
 def _mean_std(text: str | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -330,12 +348,23 @@ def _fill(model: AgeRegressor, state: dict[str, torch.Tensor], origin: str) -> N
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary sibling, then rename: `path` is never half a file."""
+    """Let `write` fill a temporary sibling, then rename: `path` is never half a file.
+
+    Raises OSError where the disk is full or may not be written; what was there before stays.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError to torch.save
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(
+            f"{path} cannot be written ({error}): free some space, or set AGE_DATA to a folder you "
+            "may write to, then run again. What was there before is still there"
+        ) from error
 
 
 def save_weights(model: AgeRegressor, path: Path, **extra: object) -> None:

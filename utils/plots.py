@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 
 import cv2
 import matplotlib.pyplot as plt
@@ -18,9 +19,22 @@ from utils.settings import Settings
 ETHNICITY_COLOURS = dict(
     zip(ETHNICITIES, ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9"), strict=True)
 )
+# For groups of other names: those that are free, then these (the first is Okabe & Ito's).
+MORE_COLOURS = ("#D55E00", "#332288", "#882255", "#44AA99", "#999933", "#000000")
 GENDER_COLOURS = dict(zip(GENDERS, ("#0072B2", "#D55E00"), strict=True))
 ACCENT, MUTED = "#0072B2", "#8c8c8c"
 MOSAIC = 12  # cells across a published face: too few to recognise anyone
+
+
+def group_colours(groups: pd.Series) -> dict[str, str]:
+    """A colour for each category of a column, in their order, whatever your groups are called.
+
+    The five names of UTKFace keep theirs; others take what is free, the same for the same names.
+    """
+    names = [str(name) for name in groups.astype("category").cat.categories]
+    free = [colour for name, colour in ETHNICITY_COLOURS.items() if name not in names]
+    spare = cycle((*free, *MORE_COLOURS))
+    return {name: ETHNICITY_COLOURS.get(name) or next(spare) for name in names}
 
 
 def set_style() -> None:
@@ -52,7 +66,7 @@ def show_faces(
     pixels = np.asarray(pixels)
     if settings.publish and settings.faces != "sample":
         pixels = pixelate(pixels)
-    rows = -(-len(pixels) // columns)
+    rows = max(1, -(-len(pixels) // columns))
     figure, axes = plt.subplots(rows, columns, figsize=(1.15 * columns, 1.4 * rows), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
@@ -76,8 +90,9 @@ def show_maps(
     pixels = np.asarray(pixels)
     if settings.publish and settings.faces != "sample" and not averages:
         pixels = pixelate(pixels)
-    rows = -(-len(pixels) // columns)
-    size = (1.25 * columns + 0.8, 1.5 * rows)
+    columns = min(columns, len(pixels))
+    rows, cell = -(-len(pixels) // columns), min(1.9, 10 / columns)
+    size = (cell * columns + 0.9, (cell + 0.25) * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
     height, width = pixels.shape[1:3]
     most = np.quantile(np.abs(maps), 0.995)
@@ -90,7 +105,7 @@ def show_maps(
         drawn = axis.imshow(large, cmap="RdBu_r", vmin=-most, vmax=most, alpha=alpha)
         axis.set_title(title, fontsize=8, fontweight="normal", loc="center", pad=3)
     scale = plt.cm.ScalarMappable(drawn.norm, drawn.cmap)
-    bar = figure.colorbar(scale, ax=axes, fraction=0.03, aspect=14 * rows, pad=0.01)
+    bar = figure.colorbar(scale, ax=axes, fraction=0.03, aspect=12 * rows, pad=0.02)
     bar.set_label("years per place", fontsize=9)
     bar.ax.tick_params(labelsize=8)
     return figure

@@ -1,4 +1,5 @@
-"""Writes the results into the README and the model card, from figures/results.json.
+"""Writes the results into the README and the model card, from figures/results.json, and the table
+of faults into the README, from build/faults.json where a test run has left it.
 
 python -m utils.report
 """
@@ -13,7 +14,7 @@ from utils.settings import CHECKPOINT, ROOT
 
 README, MODEL_CARD = ROOT / "README.md", CHECKPOINT.parent / "README.md"
 MEAN = "mean of the ten"  # a row of results["corruption_ratio"]
-BLOCK = re.compile(r"(<!-- results: .*? -->\n).*?(<!-- /results -->)", re.DOTALL)
+FAULTS = ROOT / "build" / "faults.json"
 
 
 def headline(results: dict) -> str:
@@ -76,21 +77,41 @@ def _table(title: str, rows: list[tuple[str, str]]) -> str:
 
 
 def _training(train: dict) -> str:
+    device = train["device"].replace(", 1 threads", ", 1 thread")  # as older versions wrote it
     return (
         f"{train['backbone']} at {train['image_size']} px, {train['epochs']} epochs, "
-        f"{train['seconds'] / 60:.0f} minutes on {train['device']} "
+        f"{train['seconds'] / 60:.0f} minutes on {device} "
         f"({train['images_per_second']:.0f} images/s), first weights: {train['origin']}."
     )
 
 
-def with_block(text: str, block: str, name: str = "the file") -> str:
-    """`text` with the part between its two results comments written anew.
+def with_block(text: str, block: str, name: str = "the file", kind: str = "results") -> str:
+    """`text` with the part between its two results (or other) comments written anew.
 
     Raises ValueError where the comments are missing.
     """
-    if not BLOCK.search(text):
-        raise ValueError(f"{name} has lost its results block: <!-- results: --> ... ")
-    return BLOCK.sub(lambda m: f"{m[1]}{block}\n{m[2]}", text)
+    place = re.compile(rf"(<!-- {kind}: .*? -->\n).*?(<!-- /{kind} -->)", re.DOTALL)
+    if not place.search(text):
+        raise ValueError(f"{name} has lost its {kind} block: <!-- {kind}: --> ... ")
+    return place.sub(lambda m: f"{m[1]}{block}\n{m[2]}", text)
+
+
+def reliability(faults: dict[str, dict]) -> str:
+    """Markdown of what can go wrong, what the reader gets, and how many tests provoke it.
+
+    Raises ValueError where a test failed or was skipped: the table is of what holds.
+    """
+    open_ = [what for what, row in faults.items() if row.keys() & {"failed", "skipped"}]
+    if open_:
+        raise ValueError(f"not written, for tests failed or were skipped: {'; '.join(open_)}")
+    rows = [f"| {what} | {row['outcome']} | {row['passed']} |" for what, row in faults.items()]
+    tests = sum(row["passed"] for row in faults.values())
+    return (
+        f"<details><summary><b>{len(faults)} faults, provoked by {tests} tests</b></summary>\n\n"
+        "| what goes wrong | what you get | tests |\n|---|---|---|\n"
+        + "\n".join(sorted(rows, key=str.lower))
+        + "\n\n</details>"
+    )
 
 
 def pages(results: dict) -> dict:
@@ -108,3 +129,7 @@ if __name__ == "__main__":
     for page, text in pages(published).items():
         page.write_text(text, "utf-8")
         print(f"{page.relative_to(ROOT)}: results written from figures/results.json")
+    if FAULTS.is_file():
+        block = reliability(json.loads(FAULTS.read_text("utf-8")))
+        README.write_text(with_block(README.read_text("utf-8"), block, README.name, "faults"))
+        print(f"{README.name}: table of faults written from build/{FAULTS.name}")

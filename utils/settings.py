@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ CHIP_SIZE = 128  # px: side of a face in the pixel cache
 class Settings:
     """What a run uses. Paths are absolute, sizes in pixels, the seed is for every generator."""
 
-    faces: str  # "sample" (drawn by this project) or "utkface"
+    faces: str  # "sample" (drawn by this project), "utkface" or "own"
     folder: Path  # the face images
     cache: Path  # decoded pixels and the face table
     runs: Path  # training runs: logs, checkpoints, weights
@@ -51,23 +52,36 @@ def _short(path: Path) -> str:
 def get_settings(faces: str | None = None) -> Settings:
     """Settings for `faces`, else for the environment variable AGE_FACES, else for what is there.
 
-    Unset, the course runs on UTKFace where `data/UTKFace` exists or UTKFACE_ARCHIVE names an
-    archive, and on the drawn sample otherwise. AGE_DATA moves the data folder (default `data/`).
+    Each is "sample", "utkface" or a folder of your own images with a labels.csv. Unset, the course
+    runs on UTKFace where `data/UTKFace` exists or UTKFACE_ARCHIVE names an archive, and on the
+    drawn sample otherwise. AGE_DATA moves the data folder (default `data/`).
 
-    Raises ValueError where AGE_FACES is neither "sample" nor "utkface".
+    Raises ValueError where AGE_FACES is none of the three, or a published run is not UTKFace's.
     """
     data = Path(os.environ.get("AGE_DATA") or ROOT / "data").expanduser().resolve()
     publish = os.environ.get("AGE_PUBLISH") == "1"
-    faces = faces or os.environ.get("AGE_FACES", "").strip().lower()
+    faces = faces or os.environ.get("AGE_FACES", "").strip()
     if not faces:
         there = (data / "UTKFace").is_dir() or os.environ.get("UTKFACE_ARCHIVE")
         faces = "utkface" if there else "sample"
-    if faces not in ("sample", "utkface"):
-        raise ValueError(f"AGE_FACES is {faces!r}: set it to 'sample' or 'utkface', or unset it")
+    folder, name = _own_folder(faces), faces.lower()
+    if name in ("sample", "utkface"):
+        folder, faces = data / ("sample" if name == "sample" else "UTKFace"), name
+    elif folder:
+        # Two folders of one name must not share a cache: it keeps the newest set only.
+        name = f"{folder.name}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:6]}"
+        faces = "own"
+    else:
+        raise ValueError(
+            f"AGE_FACES is {faces!r}: set it to 'sample' or 'utkface', to a folder of images with "
+            "a labels.csv (README, 'Your own faces'), or unset it"
+        )
+    if publish and faces == "own":
+        raise ValueError("AGE_PUBLISH=1 writes the course's own results: not with your own faces")
     paths = dict(
-        folder=data / ("sample" if faces == "sample" else "UTKFace"),
-        cache=data / "cache" / faces,
-        runs=data / "runs" / faces,
+        folder=folder,
+        cache=data / "cache" / name,
+        runs=data / "runs" / name,
         figures=ROOT / "figures" if publish else ROOT / "build" / "figures",
         publish=publish,
     )
@@ -82,18 +96,25 @@ def get_settings(faces: str | None = None) -> Settings:
     )  # fmt: skip
 
 
+def _own_folder(name: str) -> Path | None:
+    """A folder as given, or relative to the project: a notebook's working folder is its own."""
+    places = (Path(name).expanduser(), ROOT / name)
+    return next((place.resolve() for place in places if name and place.is_dir()), None)
+
+
 def comparison_settings(settings: Settings) -> Settings:
     """The same at a fraction of the cost, for training many variants at one equal budget."""
-    if settings.faces == "utkface":
-        return replace(settings, image_size=64, epochs=4)
-    return replace(settings, image_size=32, epochs=3)
+    if settings.faces == "sample":
+        return replace(settings, image_size=32, epochs=3)
+    return replace(settings, image_size=64, epochs=4)
 
 
 def banner(settings: Settings) -> str:
     """One sentence that tells whose numbers a reader is about to see."""
     if settings.faces == "utkface":
         return "This run uses UTKFace, as the text does."
+    whose = "your own faces" if settings.faces == "own" else "the drawn sample"
     return (
-        "This run uses the drawn sample. The numbers quoted in the text are UTKFace's: "
+        f"This run uses {whose}. The numbers quoted in the text are UTKFace's: "
         "compare them\nwith the published outputs, not with the ones below."
     )

@@ -33,6 +33,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from utils.faces import Faces, prepare
+from utils.labels import LABELS
 from utils.settings import ROOT, Settings, get_settings
 from utils.synthetic import draw_sample
 
@@ -101,14 +102,20 @@ def load_faces(settings: Settings) -> Faces:
 def get_folder(settings: Settings) -> Path:
     """The folder of face images: drawn or unpacked where it is missing, never downloaded.
 
-    Raises FileNotFoundError where UTKFace is not at hand, ValueError where UTKFACE_ARCHIVE is
-    damaged or unsafe, and OSError where the folder cannot be written.
+    Raises FileNotFoundError where UTKFace or labels.csv is not at hand, ValueError where
+    UTKFACE_ARCHIVE is damaged or unsafe, and OSError where the folder cannot be written.
     """
     folder = settings.folder
-    if _has_images(folder):
+    if settings.faces != "own" and _has_images(folder):
         return folder
     archive = os.environ.get("UTKFACE_ARCHIVE")
-    if settings.faces == "sample":
+    if settings.faces == "own":
+        if not (folder / LABELS).is_file():
+            raise FileNotFoundError(
+                f"{folder / LABELS} is not there: a CSV with the columns file and age, and if you "
+                "have them gender, ethnicity and person (README, 'Your own faces')"
+            )
+    elif settings.faces == "sample":
         with _writing(folder):
             if not _has_images(folder):
                 draw_sample(folder)

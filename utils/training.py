@@ -102,11 +102,24 @@ class FaceBatches(L.LightningDataModule):
             if len(rows) == 0:
                 raise ValueError(f"no face has split {part!r}: training needs 'train' and 'valid'")
         self.batch_size = min(batch_size, len(self.rows["train"]))
+        self.parts = 1  # of a batch, one after the other, their gradients added up
+
+    def halve(self) -> bool:
+        """Make each part half as large, where one process trains; False where that cannot be."""
+        size, odd = divmod(self.batch_size // self.parts, 2)
+        if odd or self.trainer.world_size > 1:
+            return False
+        self.parts *= 2
+        _say(
+            f"The GPU's memory is too small for {2 * size} faces at once. Going on from the last "
+            f"whole epoch with {size} at once; {self.parts} of these make a step, as large as ever"
+        )
+        return True
 
     def _loader(self, rows: np.ndarray, real: np.ndarray, **options) -> DataLoader:
         return DataLoader(
             FaceRows(self.pixels, self.ages, rows, real),
-            max(1, self.batch_size // self.trainer.world_size),
+            max(1, self.batch_size // self.trainer.world_size // self.parts),
             collate_fn=tuple,
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),
@@ -253,7 +266,8 @@ class EpochLog(L.Callback):
         row["epoch"] = trainer.current_epoch + 1
         row["learning_rate"] = task.lr_schedulers().get_last_lr()[0]
         row["seconds"] = time.perf_counter() - self.start
-        faces = trainer.num_training_batches * trainer.datamodule.batch_size
+        batches = trainer.num_training_batches / trainer.accumulate_grad_batches
+        faces = batches * trainer.datamodule.batch_size
         row["images_per_second"] = faces / (self.trained - self.start)
         for logger in trainer.loggers:
             logger.log_metrics(row, step=row["epoch"])
@@ -290,6 +304,15 @@ class Checkpoint(ModelCheckpoint):
 
 class AtomicIO(TorchCheckpointIO):
     """A kill at any moment leaves the former checkpoint or the new one, never half a file."""
+
+    def load_checkpoint(self, path: str, *arguments, **options) -> dict:
+        try:
+            return super().load_checkpoint(path, *arguments, **options)
+        except Exception as error:  # torch.load raises many kinds; all mean the same to the reader
+            raise ValueError(
+                f"{path} is damaged or no checkpoint ({str(error).splitlines()[0]}): delete it, "
+                "and the training starts anew"
+            ) from error
 
     def save_checkpoint(self, checkpoint: dict, path: str, storage_options: object = None) -> None:
         write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
@@ -373,7 +396,19 @@ def train(
         batches = FaceBatches(faces, settings.batch_size, settings.seed, workers, sampling)
         hardware = dict(devices=devices, num_nodes=num_nodes, precision=precision)
         task = partial(AgeTask, strengths=strengths, weights=weights, groups=groups, loss=loss)
-        return _fit(batches, task, settings, run, configuration, patience, progress, hardware)
+        while True:
+            try:
+                return _fit(
+                    batches, task, settings, run, configuration, patience, progress, hardware
+                )
+            except torch.cuda.OutOfMemoryError as error:
+                if not batches.halve():
+                    raise torch.cuda.OutOfMemoryError(
+                        f"{error}. Batches cannot be made smaller: close what else uses the GPU "
+                        "(other notebooks), or choose a smaller image_size or backbone"
+                    ) from None
+            # Outside of the except block, whose traceback would hold the tensors.
+            torch.cuda.empty_cache()
 
 
 def _fit(
@@ -413,6 +448,8 @@ def _fit(
             strategy="ddp" if hardware["devices"] * hardware["num_nodes"] > 1 else "auto",
             precision=hardware["precision"] or _precision(model),
             max_epochs=settings.epochs,
+            accumulate_grad_batches=batches.parts,
+            limit_train_batches=len(ages) // batches.batch_size * batches.parts,  # whole steps
             callbacks=callbacks,
             logger=[logger(run, "logs", version) for logger in (CSVLogger, TensorBoardLogger)],
             plugins=[AtomicIO()],
@@ -558,14 +595,19 @@ def _export(
 @contextmanager
 def _alone(run: Path, processes: int) -> Iterator[None]:
     """Another notebook that trains the same run is waited for. Processes of one run share it."""
-    run.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run.with_name(f".{run.name}.lock"))
-    if processes == 1:
-        try:
+    try:
+        run.parent.mkdir(parents=True, exist_ok=True)
+        if processes == 1:
             lock.acquire(timeout=1)
-        except Timeout:
-            _say(f"{run.name}: another process is training it; waiting for its end ...")
-            lock.acquire()
+    except Timeout:
+        _say(f"{run.name}: another process is training it; waiting for its end ...")
+        lock.acquire()
+    except OSError as error:
+        raise OSError(
+            f"{run} cannot be written ({error.strerror or error}): set AGE_DATA to a folder that "
+            "you may write to"
+        ) from error
     try:
         yield
     finally:
