@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from utils.augment import resize
 from utils.intervals import interval
 from utils.model import AgeRegressor, load_weights, write_atomically
 from utils.photo import Crop, get_crops, read_photo
 from utils.settings import CHECKPOINT, CHIP_SIZE
-from utils.training import predict
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # what is taken from a folder
 BATCH = 64  # faces
@@ -41,15 +41,30 @@ class AgePredictor:
         self.model, self.facts = load_weights(Path(checkpoint))
         self.intervals = self.facts.get("intervals")
 
-    def chips(self, chips: np.ndarray) -> pd.DataFrame:
+    def chips(self, chips: np.ndarray, batch_size: int = BATCH) -> pd.DataFrame:
         """age, low, high and spread in years of chips (uint8 RGB [N, CHIP_SIZE, CHIP_SIZE, 3]).
 
         Each is the mean over the chip and its mirror image.
         """
-        rows, read = np.arange(len(chips)), self.model.ages_and_spreads
-        answers = np.empty((0, 2))
-        if len(chips):
-            answers = predict(self.model, chips, rows, BATCH, flip=True, read=read).astype(float)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model, answers = self.model.to(device).eval(), [np.empty((0, 2))]
+        with torch.inference_mode():
+            for start in range(0, len(chips), batch_size):
+                batch = torch.from_numpy(chips[start : start + batch_size]).permute(0, 3, 1, 2)
+                images = resize(batch.to(device), model.image_size)
+                answers.append(_both_sides(model, images).double().cpu().numpy())
+        answers = np.concatenate(answers)
+        return self._with_intervals(answers)
+
+    def ages(self, crops: Sequence[Crop]) -> pd.DataFrame:
+        """The same for crops of photos: the mean over a crop's views, whatever its warnings."""
+        if not crops:
+            return self._with_intervals(np.empty((0, 2)))
+        chips = np.concatenate([crop.chips for crop in crops])
+        answers = self.chips(chips)[["age", "spread"]].to_numpy()
+        return self._with_intervals(answers.reshape(len(crops), -1, 2).mean(1))
+
+    def _with_intervals(self, answers: np.ndarray) -> pd.DataFrame:
         table = pd.DataFrame(answers, columns=["age", "spread"])
         table["low"] = table["high"] = np.nan
         if self.intervals and len(table):
@@ -67,9 +82,9 @@ class AgePredictor:
     def crops(self, found: Sequence[tuple[str, int, Crop]]) -> pd.DataFrame:
         """COLUMNS for (file, number of the face, crop): boxes in px, ages in years.
 
-        The age is NaN where the crop is refused.
+        Age and spread are means over the views of a crop; NaN where the crop is refused.
         """
-        ages = self.chips(np.array([crop.chip for _, _, crop in found]))
+        ages = self.ages([crop for _, _, crop in found])
         ages.loc[[crop.refused for _, _, crop in found]] = np.nan
         rows = []
         for file, number, crop in found:
@@ -115,6 +130,12 @@ def _reason(error: Exception) -> str:
     return f"{error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
 
 
+def _both_sides(model: AgeRegressor, images: torch.Tensor) -> torch.Tensor:
+    """Age and spread [B, 2] in years, averaged over images [B, 3, s, s] and their mirror images."""
+    views = (images, images.flip(3))
+    return sum(model.ages_and_spreads(model.outputs(view)) for view in views) / 2
+
+
 class _Graph(nn.Module):
     """uint8 chips [N, 3, CHIP_SIZE, CHIP_SIZE] to age and spread [N] in years."""
 
@@ -129,9 +150,8 @@ class _Graph(nn.Module):
 
     def forward(self, chips: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         images = (self.matrix @ (chips.float() / 255) @ self.matrix.T).clamp(0, 1)
-        read = self.model.ages_and_spreads
-        answers = read(self.model.outputs(images)) + read(self.model.outputs(images.flip(3)))
-        return answers[:, 0] / 2, answers[:, 1] / 2
+        answers = _both_sides(self.model, images)
+        return answers[:, 0], answers[:, 1]
 
 
 def export_onnx(predictor: AgePredictor, path: str | Path) -> None:
@@ -176,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--format", choices=("csv", "json"), default="csv")
     parser.add_argument("--output", type=Path, help="file to write; else the screen")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
-    parser.add_argument("--export", type=Path, metavar="FILE.onnx", help="write the network as ONNX")
+    parser.add_argument("--export", type=Path, metavar="FILE.onnx", help="export the network")
     options = parser.parse_args(arguments)
     if not options.photos and not options.export:
         parser.error("name photos or folders, or --export FILE.onnx")
