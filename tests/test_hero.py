@@ -1,4 +1,4 @@
-"""The README's picture: no average of fewer than fifty faces, and the bands are those of the data."""
+"""The picture of the README: no average of fewer than fifty faces; bands hold what they say."""
 
 import matplotlib
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.settings import ROOT, banner, comparison_settings, get_settings
+from utils.settings import ROOT, banner, comparison_settings, get_settings, locate
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +80,14 @@ def test_only_a_published_run_writes_into_figures(monkeypatch):
     monkeypatch.setenv("AGE_PUBLISH", "1")
     assert get_settings().publish
     assert get_settings().figures == ROOT / "figures"
+
+
+def test_a_path_may_be_relative_to_the_project(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # a notebook's working folder is its own
+    assert locate("data/README.md") == ROOT / "data" / "README.md"
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "README.md").touch()
+    assert locate("data/README.md").resolve() == tmp_path / "data" / "README.md"
 
 
 def test_a_folder_means_your_own_faces(monkeypatch, tmp_path, data):

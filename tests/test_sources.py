@@ -733,7 +733,7 @@ def test_get_folder_tells_of_an_incomplete_set(archive, monkeypatch, capsys):
 
 
 def test_a_relative_archive_is_found_from_a_notebook(archive, folder, monkeypatch, tmp_path):
-    monkeypatch.setattr(sources, "ROOT", archive.parent)
+    monkeypatch.setattr("utils.settings.ROOT", archive.parent)
     monkeypatch.setenv("UTKFACE_ARCHIVE", archive.name)
     monkeypatch.chdir(tmp_path)
     assert sources.get_folder(get_settings("utkface")) == folder

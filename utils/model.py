@@ -23,7 +23,7 @@ from torch import nn
 from torchvision.models import ResNet, get_model, get_model_weights, list_models
 from torchvision.transforms.v2.functional import center_crop
 
-from utils.settings import Settings
+from utils.settings import Settings, locate
 
 FORMAT, VERSION = "face age regressor", 1
 HEADS = ("regression", "distribution", "groups", "ordinal")
@@ -237,12 +237,12 @@ def build_model(
     name, size = settings.backbone, settings.image_size
     state, mean, std, origin = None, IMAGENET_MEAN, IMAGENET_STD, "random"
     file = os.environ.get("AGE_BACKBONE_WEIGHTS")
-    trained = _trained(Path(file).expanduser()) if settings.pretrained and file else None
+    trained = _trained(locate(file)) if settings.pretrained and file else None
     if trained:
         state, origin = trained.backbone.state_dict(), f"file {Path(file).name}"
         mean, std = trained.mean.flatten().tolist(), trained.std.flatten().tolist()
     elif settings.pretrained and file:
-        state, origin = _read_state(Path(file).expanduser()), f"file {Path(file).name}"
+        state, origin = _read_state(locate(file)), f"file {Path(file).name}"
         mean, std = _mean_std(os.environ.get("AGE_BACKBONE_MEAN_STD"))
     elif settings.pretrained:
         try:

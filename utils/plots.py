@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from utils.faces import ETHNICITIES, GENDERS
@@ -23,6 +24,7 @@ ETHNICITY_COLOURS = dict(
 MORE_COLOURS = ("#D55E00", "#332288", "#882255", "#44AA99", "#999933", "#000000")
 GENDER_COLOURS = dict(zip(GENDERS, ("#0072B2", "#D55E00"), strict=True))
 ACCENT, MUTED = "#0072B2", "#8c8c8c"
+MAP_COLOURS = LinearSegmentedColormap.from_list("years", ["#2166ac", "#bdbdbd", "#b2182b"])
 MOSAIC = 12  # cells across a published face: too few to recognise anyone
 
 
@@ -101,10 +103,11 @@ def show_maps(
     for axis, face, values, title in zip(axes.flat, pixels, maps, titles, strict=False):
         axis.imshow(cv2.cvtColor(face, cv2.COLOR_RGB2GRAY), cmap="gray", vmin=0, vmax=255)
         large = cv2.resize(values, (width, height), interpolation=cv2.INTER_CUBIC)
-        alpha = np.clip(1.2 * np.abs(large) / most, 0, 0.8)
-        drawn = axis.imshow(large, cmap="RdBu_r", vmin=-most, vmax=most, alpha=alpha)
+        # Full colour, more or less transparent: a pale one would draw lines around the zeros.
+        alpha = 0.85 * np.clip(np.abs(large) / most, 0, 1)
+        axis.imshow(np.sign(large), cmap=MAP_COLOURS, vmin=-1, vmax=1, alpha=alpha)
         axis.set_title(title, fontsize=8, fontweight="normal", loc="center", pad=3)
-    scale = plt.cm.ScalarMappable(drawn.norm, drawn.cmap)
+    scale = plt.cm.ScalarMappable(plt.Normalize(-most, most), MAP_COLOURS)
     bar = figure.colorbar(scale, ax=axes, fraction=0.03, aspect=12 * rows, pad=0.02)
     bar.set_label("years per place", fontsize=9)
     bar.ax.tick_params(labelsize=8)

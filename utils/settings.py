@@ -64,10 +64,10 @@ def get_settings(faces: str | None = None) -> Settings:
     if not faces:
         there = (data / "UTKFace").is_dir() or os.environ.get("UTKFACE_ARCHIVE")
         faces = "utkface" if there else "sample"
-    folder, name = _own_folder(faces), faces.lower()
+    folder, name = locate(faces).resolve(), faces.lower()
     if name in ("sample", "utkface"):
         folder, faces = data / ("sample" if name == "sample" else "UTKFace"), name
-    elif folder:
+    elif folder.is_dir():
         # Two folders of one name must not share a cache: it keeps the newest set only.
         name = f"{folder.name}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:6]}"
         faces = "own"
@@ -96,10 +96,10 @@ def get_settings(faces: str | None = None) -> Settings:
     )  # fmt: skip
 
 
-def _own_folder(name: str) -> Path | None:
-    """A folder as given, or relative to the project: a notebook's working folder is its own."""
-    places = (Path(name).expanduser(), ROOT / name)
-    return next((place.resolve() for place in places if name and place.is_dir()), None)
+def locate(name: str) -> Path:
+    """Path as given, or relative to the project: a notebook's working folder is its own."""
+    path = Path(name).expanduser()
+    return path if path.exists() else ROOT / path
 
 
 def comparison_settings(settings: Settings) -> Settings:

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from utils.faces import Faces, prepare
 from utils.labels import LABELS
-from utils.settings import ROOT, Settings, get_settings
+from utils.settings import ROOT, Settings, get_settings, locate
 from utils.synthetic import draw_sample
 
 MIRRORS = (
@@ -120,7 +120,7 @@ def get_folder(settings: Settings) -> Path:
             if not _has_images(folder):
                 draw_sample(folder)
     elif archive:
-        unpack(_locate(archive), folder)
+        unpack(locate(archive), folder)
         report = check(folder)
         if not report.complete:
             print(report)
@@ -250,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if _has_images(folder):
                 print(f"{folder} is there already and is only verified. Delete it to make it anew.")
             elif source:
-                print(unpack(_locate(source), folder))
+                print(unpack(locate(source), folder))
             else:
                 archive = download(folder.with_name("UTKFace.tar.gz"), options.accept_licence)
                 print(unpack(archive, folder))
@@ -263,12 +263,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\nInterrupted. Run again to go on.", file=sys.stderr)
         return 130
     return 0
-
-
-def _locate(source: str) -> Path:
-    """Path as given, or relative to the project: a notebook's working folder is its own."""
-    path = Path(source).expanduser()
-    return path if path.exists() else ROOT / path
 
 
 def _has_images(folder: Path) -> bool:

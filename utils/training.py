@@ -35,7 +35,7 @@ from utils.augment import STANDARD, augment, resize
 from utils.faces import Faces, split_digest
 from utils.losses import LOSSES, Loss
 from utils.model import AgeRegressor, build_model, load_weights, save_weights, write_atomically
-from utils.settings import CHECKPOINT, Settings, get_settings
+from utils.settings import CHECKPOINT, Settings, get_settings, locate
 
 GROUP_RATE = 0.001  # how fast the shares of groups follow their losses (in years)
 CHECK_EVERY = 20  # steps between looks at the loss: each look makes a GPU wait
@@ -516,8 +516,8 @@ def _configuration(
     start, file = "random", os.environ.get("AGE_BACKBONE_WEIGHTS")
     if settings.pretrained:
         start = "torchvision"
-        if file and Path(file).is_file():
-            start = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]
+        if file and locate(file).is_file():
+            start = hashlib.sha256(locate(file).read_bytes()).hexdigest()[:12]
             start += " " + os.environ.get("AGE_BACKBONE_MEAN_STD", "")
     balance = {
         name: hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:12]
