@@ -131,6 +131,13 @@ def decode_photo(data: bytes, name: str) -> np.ndarray:
         ) from error
 
 
+def uploads(value: dict | tuple) -> list[tuple[str, bytes]]:
+    """Name and bytes of each file in the value of an ipywidgets FileUpload, of version 7 or 8."""
+    if isinstance(value, dict):  # version 7, which Colab has: file name -> its content
+        return [(name, bytes(file["content"])) for name, file in value.items()]
+    return [(file["name"], bytes(file["content"])) for file in value]
+
+
 def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I") or image.mode == "F":  # 16 bits; Pillow would clip, not scale
         grey = np.asarray(image).astype(np.float64) / 257

@@ -114,6 +114,29 @@ def show_maps(
     return figure
 
 
+def show_answers(chips: np.ndarray, answers: pd.DataFrame, level: float | None) -> Figure:
+    """A card for each face (uint8 [N, H, W, 3]): age, interval of this level, warnings.
+
+    `answers` has a row a face: age, low and high in years (NaN where there is none), warnings.
+    """
+    columns = min(len(chips), 4)
+    rows = -(-len(chips) // columns)
+    size = (2.6 * columns, 3.3 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, chip, answer in zip(axes.flat, chips, answers.itertuples(), strict=False):
+        axis.imshow(chip, interpolation="nearest")
+        age = "no answer" if np.isnan(answer.age) else f"looks {answer.age:.0f}"
+        axis.set_title(age, loc="center", fontsize=15)
+        text = answer.warnings.replace("; ", "\n")
+        if level and not np.isnan(answer.low):
+            text = f"{answer.low:.0f} to {answer.high:.0f} ({level:.0%} interval)\n{text}"
+        axis.text(0.5, -0.04, text, transform=axis.transAxes, ha="center", va="top", fontsize=9)
+    figure.text(0.99, 0.005, "apparent age, not proof of age", ha="right", fontsize=7, color=MUTED)
+    return figure
+
+
 def with_intervals(axis: plt.Axes, table: pd.DataFrame, colours: dict | None = None) -> None:
     """Horizontal points with 95 % bars, from rows of value, low, high, n; n beside each name."""
     for place, (name, row) in enumerate(table.iterrows()):
