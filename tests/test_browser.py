@@ -138,6 +138,7 @@ def page(tmp_path, monkeypatch) -> Iterator[Page]:
         wait_for(lambda: answers(address), "JupyterLab's server")
         page = Page(pages[0]["webSocketDebuggerUrl"])
         page.send("Page.enable")
+        page.send("Emulation.setFocusEmulationEnabled", enabled=True)  # as if it were in front
         page.send("Page.navigate", url=address)
         yield page
 
@@ -164,8 +165,11 @@ def photo_file(folder: Path) -> Path:
 TABLES = "[...document.querySelectorAll('.jp-OutputArea-output table')].map(t => t.innerText)"
 READY = """
 (() => {
-  const panel = window.jupyterapp?.shell.currentWidget;
-  return Boolean(panel?.sessionContext?.session?.kernel && panel.content.widgets.length > 3);
+  const app = window.jupyterapp;
+  const panel = app && [...app.shell.widgets('main')].find(widget => widget.sessionContext);
+  if (!panel?.sessionContext.session?.kernel || panel.content.widgets.length <= 3) return false;
+  app.shell.activateById(panel.id);
+  return app.shell.currentWidget === panel;
 })()
 """
 

@@ -38,6 +38,18 @@ def headline(results: dict) -> str:
             "MAE at equal age of the group that does worst",
             show(results["worst_group_mae"]["shipped"]),
         ),
+        (
+            "Labels inside the 90 % interval of their face (%)",
+            show(_percent(results["interval_coverage"]["conformal"]["0.9"]), 1),
+        ),
+        (
+            "Change of the age when a face is found and cropped anew (years)",
+            show(results["photo_crop"]["three views"]["mean"]),
+        ),
+        (
+            "Training speed on a CPU over the usual notebook loop (ResNet-50, 128 px)",
+            show(results["benchmark"]["cpu_ratio"]) + " rounds",
+        ),
     ]
     return f"{_table('UTKFace, test split', rows)}\n\n{_training(results['training'])}"
 
