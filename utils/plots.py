@@ -90,8 +90,12 @@ def show_maps(
     lowers it, one scale for all. Single faces of UTKFace are pixelated while publishing;
     `averages` says that each face is the average of many, so that none needs to be."""
     pixels = np.asarray(pixels)
+    way = cv2.INTER_CUBIC
     if settings.publish and settings.faces != "sample" and not averages:
-        pixels = pixelate(pixels)
+        pixels, way = pixelate(pixels), cv2.INTER_NEAREST  # both in cells, without a face's texture
+        maps = np.stack(
+            [cv2.resize(m, (MOSAIC, MOSAIC), interpolation=cv2.INTER_AREA) for m in maps]
+        )
     columns = min(columns, len(pixels))
     rows, cell = -(-len(pixels) // columns), min(1.9, 10 / columns)
     size = (cell * columns + 0.9, (cell + 0.25) * rows)
@@ -102,7 +106,7 @@ def show_maps(
         axis.axis("off")
     for axis, face, values, title in zip(axes.flat, pixels, maps, titles, strict=False):
         axis.imshow(cv2.cvtColor(face, cv2.COLOR_RGB2GRAY), cmap="gray", vmin=0, vmax=255)
-        large = cv2.resize(values, (width, height), interpolation=cv2.INTER_CUBIC)
+        large = cv2.resize(values, (width, height), interpolation=way)
         # Full colour, more or less transparent: a pale one would draw lines around the zeros.
         alpha = 0.85 * np.clip(np.abs(large) / most, 0, 1)
         axis.imshow(np.sign(large), cmap=MAP_COLOURS, vmin=-1, vmax=1, alpha=alpha)
