@@ -105,11 +105,13 @@ def show_maps(
     for axis in axes.flat:
         axis.axis("off")
     for axis, face, values, title in zip(axes.flat, pixels, maps, titles, strict=False):
-        axis.imshow(cv2.cvtColor(face, cv2.COLOR_RGB2GRAY), cmap="gray", vmin=0, vmax=255)
+        grey = cv2.cvtColor(face, cv2.COLOR_RGB2GRAY)
+        axis.imshow(grey, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         large = cv2.resize(values, (width, height), interpolation=way)
         # Full colour, more or less transparent: a pale one would draw lines around the zeros.
         alpha = 0.85 * np.clip(np.abs(large) / most, 0, 1)
-        axis.imshow(np.sign(large), cmap=MAP_COLOURS, vmin=-1, vmax=1, alpha=alpha)
+        colours = dict(cmap=MAP_COLOURS, vmin=-1, vmax=1, alpha=alpha)
+        axis.imshow(np.sign(large), interpolation="nearest", **colours)
         axis.set_title(title, fontsize=8, fontweight="normal", loc="center", pad=3)
     scale = plt.cm.ScalarMappable(plt.Normalize(-most, most), MAP_COLOURS)
     bar = figure.colorbar(scale, ax=axes, fraction=0.03, aspect=12 * rows, pad=0.02)
