@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 
 from utils.faces import quality
 from utils.model import write_atomically
-from utils.settings import CHIP_SIZE, get_settings
+from utils.settings import CHIP_SIZE, get_settings, locate
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # MPO, which phones write under .jpg, counts as JPEG
 MAX_PIXELS = 100_000_000  # five times a photograph of 20 megapixels
@@ -210,7 +210,7 @@ def load_detector() -> cv2.FaceDetectorYN:
     cannot be downloaded; each message tells the way out.
     """
     given = os.environ.get("AGE_FACE_DETECTOR")
-    path = Path(given).expanduser() if given else get_settings().folder.parent / DETECTOR
+    path = locate(given) if given else get_settings("sample").folder.parent / DETECTOR
     return _open_detector(path, bool(given))
 
 
