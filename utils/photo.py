@@ -68,7 +68,7 @@ LIMITS = {
     "size": {"warn": 32, "refuse": 12},  # px of the photo that become the chip's side
     "dark": {"warn": 58, "refuse": 5},  # mean grey level of the chip, 0-255
     "bright": {"warn": 192, "refuse": 238},
-    "sharpness": {"warn": 13.5},  # variance of the chip's Laplacian
+    "sharpness": {"warn": 13.5, "refuse": 2.0},  # variance of the chip's Laplacian
     "pose": {"warn": 0.081},  # `misfit`, in units of the chip's side
     # Share of the chip that the photo does not hold. Notebook 5: hiding 0.36 doubles the error.
     "outside": {"warn": 0.25, "refuse": 0.36},

@@ -47,7 +47,8 @@ class AgePredictor:
         Each is the mean over the chip and its mirror image.
         """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model, answers = self.model.to(device).eval(), [np.empty((0, 2))]
+        model = self.model.to(device, memory_format=torch.channels_last).eval()
+        answers = [np.empty((0, 2))]
         with torch.inference_mode():
             for start in range(0, len(chips), batch_size):
                 part = np.ascontiguousarray(chips[start : start + batch_size])
