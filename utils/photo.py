@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 
 from utils.faces import quality
 from utils.model import write_atomically
-from utils.settings import CHIP_SIZE, get_settings
+from utils.settings import CHIP_SIZE, get_settings, locate
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # MPO, which phones write under .jpg, counts as JPEG
 MAX_PIXELS = 100_000_000  # five times a photograph of 20 megapixels
@@ -68,7 +68,7 @@ LIMITS = {
     "size": {"warn": 32, "refuse": 12},  # px of the photo that become the chip's side
     "dark": {"warn": 58, "refuse": 5},  # mean grey level of the chip, 0-255
     "bright": {"warn": 192, "refuse": 238},
-    "sharpness": {"warn": 13.5},  # variance of the chip's Laplacian
+    "sharpness": {"warn": 13.5, "refuse": 2.0},  # variance of the chip's Laplacian
     "pose": {"warn": 0.081},  # `misfit`, in units of the chip's side
     # Share of the chip that the photo does not hold. Notebook 5: hiding 0.36 doubles the error.
     "outside": {"warn": 0.25, "refuse": 0.36},
@@ -210,7 +210,7 @@ def load_detector() -> cv2.FaceDetectorYN:
     cannot be downloaded; each message tells the way out.
     """
     given = os.environ.get("AGE_FACE_DETECTOR")
-    path = Path(given).expanduser() if given else get_settings().folder.parent / DETECTOR
+    path = locate(given) if given else get_settings("sample").folder.parent / DETECTOR
     return _open_detector(path, bool(given))
 
 

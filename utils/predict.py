@@ -47,10 +47,12 @@ class AgePredictor:
         Each is the mean over the chip and its mirror image.
         """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model, answers = self.model.to(device).eval(), [np.empty((0, 2))]
+        model = self.model.to(device, memory_format=torch.channels_last).eval()
+        answers = [np.empty((0, 2))]
         with torch.inference_mode():
             for start in range(0, len(chips), batch_size):
-                batch = torch.from_numpy(chips[start : start + batch_size]).permute(0, 3, 1, 2)
+                part = np.ascontiguousarray(chips[start : start + batch_size])
+                batch = torch.from_numpy(part).permute(0, 3, 1, 2)
                 images = resize(batch.to(device), model.image_size)
                 answers.append(_both_sides(model, images).double().cpu().numpy())
         answers = np.concatenate(answers)
