@@ -30,8 +30,9 @@ class StopNotebook:
 
 
 class CountFaults:
-    """Counts the tests marked `fault` as they end, and writes build/faults.json, from which
-    `python -m utils.report` makes the README's table. Workers send their counts in the reports."""
+    """Counts the tests marked `fault` as they end; `pytest tests -m fault` writes the counts to
+    build/faults.json, from which `python -m utils.report` makes the README's table. Workers send
+    theirs in the reports."""
 
     def __init__(self):
         self.faults = {}
@@ -49,10 +50,21 @@ class CountFaults:
                 count(self.faults, value, report.outcome)
 
     def pytest_sessionfinish(self, session):
-        if self.faults and not hasattr(session.config, "workerinput"):
+        if self.faults and counts_all(session.config):
             folder = Path(__file__).resolve().parents[1] / "build"
             folder.mkdir(exist_ok=True)
             (folder / "faults.json").write_text(json.dumps(self.faults, indent=1), "utf-8")
+
+
+def counts_all(config):
+    """Whether this is `pytest tests -m fault`, and not one of its workers: a part would mislead."""
+    given, folder = config.option, Path(__file__).parent
+    whole = [Path(place).resolve() for place in config.args] == [folder]
+    return whole and given.markexpr == "fault" and not given.keyword and not is_worker(config)
+
+
+def is_worker(config):
+    return hasattr(config, "workerinput")
 
 
 def count(faults, mark, outcome):
@@ -66,7 +78,7 @@ def pytest_configure(config):
     # As a plugin of its own: a conftest's hooks do not see the items of other folders.
     config.pluginmanager.register(StopNotebook())
     config.pluginmanager.register(CountFaults())
-    if hasattr(config, "workerinput"):
+    if is_worker(config):
         # The workers of xdist share the cores, and so do the kernels that they start: with more
         # threads than cores, PyTorch slows down tenfold and more.
         os.environ["OMP_NUM_THREADS"] = "1"
