@@ -322,6 +322,8 @@ def test_a_good_face_passes_and_each_fault_is_named(face):
     assert judged(255 - (255 - face) // 5)[0][0].startswith("bright: mean brightness")
     assert judged(cv2.GaussianBlur(face, (0, 0), 3))[0][0].startswith("blurred: sharpness")
     assert judged(cv2.GaussianBlur(face, (0, 0), 12))[1]
+    dim = judged(cv2.GaussianBlur(face, (0, 0), 12) // 8)  # dark is not blurred
+    assert [text.partition(":")[0] for text in dim[0]] == ["dark"] and not dim[1]
     assert judged(landmarks=landmarks_at(0, 30, (450, 300))) == (["small: 30 px wide"], False)
     assert judged(landmarks=landmarks_at(0, 9, (450, 300))) == (["too small: 9 px wide"], True)
     away = points + np.array([(0, 0), (0, 0), (70, 0), (0, 0), (0, 0)])

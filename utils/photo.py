@@ -383,8 +383,10 @@ def warnings_for(
         ("size", found["size"], True, f"small: {found['size']:.0f} px wide"),
         ("dark", light, True, f"dark: mean brightness {light:.0f} of 255"),
         ("bright", light, False, f"bright: mean brightness {light:.0f} of 255"),
-        ("sharpness", found["sharpness"], True, f"blurred: sharpness {found['sharpness']:.1f}"),
     ]
+    if light >= LIMITS["dark"]["warn"]:  # in the dark, edges are faint without being blurred
+        sharp = found["sharpness"]
+        rules.append(("sharpness", sharp, True, f"blurred: sharpness {sharp:.1f}"))
     if face is not None:
         rules += [
             ("pose", found["pose"], False, "turned away: eyes, nose and mouth are out of place"),
