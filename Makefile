@@ -9,7 +9,8 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 EXECUTE := $(BIN)/jupyter nbconvert --to notebook --execute --log-level=WARN \
-	--ExecutePreprocessor.timeout=-1 --ExecutePreprocessor.record_timing=False
+	--ExecutePreprocessor.timeout=-1 --ExecutePreprocessor.record_timing=False \
+	--ExecutePreprocessor.store_widget_state=False
 
 .PHONY: help course test faults lint lab data publish clean
 
