@@ -492,7 +492,7 @@ SLOW = """
 decode = module._decode
 def slowly(entry):
     if entry.name.startswith("3"):
-        print("half done", flush=True)
+        os.write(1, b"half done\\n")  # at once: two threads may be here
         time.sleep(float(sys.argv[3]))
     return decode(entry)
 module._decode = slowly
