@@ -43,7 +43,7 @@ def headline(results: dict) -> str:
             show(_percent(results["interval_coverage"]["conformal"]["0.9"]), 1),
         ),
         (
-            "Change of the age when a face is found and cropped anew (years)",
+            "Change of the age when a face is cropped anew, mean of three views (years)",
             show(results["photo_crop"]["three views"]["mean"]),
         ),
         (
