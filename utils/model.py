@@ -387,16 +387,18 @@ def save_weights(model: AgeRegressor, path: Path, **extra: object) -> None:
         origin=model.origin,
         libraries={name: importlib.metadata.version(name) for name in packages},
     )
-    text = {key: json.dumps(value) for key, value in (metadata | extra).items()}
-    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    write_atomically(Path(path), lambda file: file.write_bytes(save(tensors, text)))
+    _write(model, path, metadata | extra)
 
 
 def add_facts(path: Path, **facts: object) -> None:
     """Write more metadata (values that JSON can hold) into a file of `save_weights`, atomically."""
-    _, metadata = load_weights(path)
-    text = {key: json.dumps(value) for key, value in (metadata | facts).items()}
-    tensors = load_file(path)
+    model, metadata = load_weights(path)
+    _write(model, path, metadata | facts)
+
+
+def _write(model: AgeRegressor, path: Path, metadata: dict) -> None:
+    text = {key: json.dumps(value) for key, value in metadata.items()}
+    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     write_atomically(Path(path), lambda file: file.write_bytes(save(tensors, text)))
 
 
