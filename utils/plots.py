@@ -1,160 +1,108 @@
-"""One look for every figure: style sheet, fixed colours, face grids that respect the licence."""
-
-from __future__ import annotations
-
-from collections.abc import Sequence
-from itertools import cycle
+"""One look for every figure: style sheet, fixed colours, grids of faces that may be shown."""
 
 import cv2
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
+import skimage.data
 from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure
 
-from utils.faces import ETHNICITIES, GENDERS
-from utils.settings import Settings
+from utils.faces import ETHNICITIES
+from utils.photo import align
+from utils.settings import ROOT, Settings
 
-# Okabe & Ito's palette, safe for colour-blind readers, in one fixed order.
-ETHNICITY_COLOURS = dict(
-    zip(ETHNICITIES, ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9"), strict=True)
-)
-# For groups of other names: those that are free, then these (the first is Okabe & Ito's).
-MORE_COLOURS = ("#D55E00", "#332288", "#882255", "#44AA99", "#999933", "#000000")
-GENDER_COLOURS = dict(zip(GENDERS, ("#0072B2", "#D55E00"), strict=True))
-ACCENT, MUTED = "#0072B2", "#8c8c8c"
+# Safe for colour-blind readers, in one fixed order: Okabe & Ito's, then some of Tol's.
+COLOURS = "#0072B2 #E69F00 #009E73 #CC79A7 #56B4E9 #D55E00 #332288 #882255 #44AA99 #999933".split()
+ACCENT, MUTED = COLOURS[0], "#8c8c8c"
 MAP_COLOURS = LinearSegmentedColormap.from_list("years", ["#2166ac", "#bdbdbd", "#b2182b"])
-MOSAIC = 12  # cells across a published face: too few to recognise anyone
-
-
-def group_colours(groups: pd.Series) -> dict[str, str]:
-    """A colour for each category of a column, in their order, whatever your groups are called.
-
-    The five names of UTKFace keep theirs; others take what is free, the same for the same names.
-    """
-    names = [str(name) for name in groups.astype("category").cat.categories]
-    free = [colour for name, colour in ETHNICITY_COLOURS.items() if name not in names]
-    spare = cycle((*free, *MORE_COLOURS))
-    return {name: ETHNICITY_COLOURS.get(name) or next(spare) for name in names}
+FEWEST = 50  # faces in an average that may be published (licence of UTKFace)
+ATTRIBUTION = "Eileen Collins; NASA, Great Images in NASA, public domain; via scikit-image"
+# Eyes, nose and mouth corners of the astronaut: x and y in px, as the detector finds them.
+LANDMARKS = ((204.8, 101.7), (248.6, 106.0), (225.1, 128.6), (201.6, 140.9), (242.3, 144.9))
 
 
 def set_style() -> None:
     """The course's matplotlib style; figures stay readable at half width."""
-    sns.set_theme(context="notebook", style="whitegrid", palette="colorblind")
-    plt.rcParams.update({
-        "figure.figsize": (9, 3.6), "figure.dpi": 90, "figure.constrained_layout.use": True,
-        "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left",
-        "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#4d4d4d",
-        "grid.color": "#e6e6e6", "legend.frameon": False,
-    })  # fmt: skip
+    plt.style.use(ROOT / "utils" / "course.mplstyle")
 
 
-def pixelate(pixels: np.ndarray) -> np.ndarray:
-    """uint8 [N, H, W, 3] as mosaics of MOSAIC x MOSAIC cells, same shape."""
-    size = pixels.shape[1:3][::-1]
-    cells = [cv2.resize(p, (MOSAIC, MOSAIC), interpolation=cv2.INTER_AREA) for p in pixels]
-    return np.stack([cv2.resize(c, size, interpolation=cv2.INTER_NEAREST) for c in cells])
+def group_colours(groups: pd.Series) -> dict[str, str]:
+    """A colour for each category, in order: UTKFace's five keep theirs, others get what is left."""
+    names = [str(name) for name in groups.astype("category").cat.categories]
+    known = {n: c for n, c in zip(ETHNICITIES, COLOURS, strict=False) if n in names}
+    spare = iter([c for c in COLOURS if c not in known.values()] * len(names))
+    return {name: known.get(name) or next(spare) for name in names}
 
 
-def show_faces(
-    pixels: np.ndarray, titles: Sequence[str], settings: Settings, columns: int = 8
-) -> Figure:
-    """A grid of faces (uint8 [N, H, W, 3]) with a title each.
+def astronaut(aligned: bool = False) -> np.ndarray:
+    """The photograph that pages may show (ATTRIBUTION): uint8 RGB [512, 512, 3]; or its `aligned`
+    face crop [128, 128, 3], cut as the course cuts every photo, without a detector."""
+    photo = skimage.data.astronaut()
+    return align(photo, np.array(LANDMARKS)) if aligned else photo
 
-    Faces of UTKFace are pixelated while notebooks are published: its licence forbids passing
-    them on. In the reader's own run they are shown as they are.
-    """
-    pixels = np.asarray(pixels)
-    if settings.publish and settings.faces != "sample":
-        pixels = pixelate(pixels)
-    rows = max(1, -(-len(pixels) // columns))
-    figure, axes = plt.subplots(rows, columns, figsize=(1.15 * columns, 1.4 * rows), squeeze=False)
-    for axis in axes.flat:
+
+def show_faces(pixels: np.ndarray, titles: list[str], settings: Settings | None = None,
+               counts: list[int] | None = None, columns: int = 8) -> plt.Figure:  # fmt: skip
+    """A grid of faces (uint8 [N, H, W, 3]) with a title each. `settings` are those of the set that
+    they come from (None: the astronaut, drawn faces). Where each is an average, `counts` says of
+    how many. Raises ValueError where UTKFace's licence forbids to publish what is shown."""
+    single = counts is None or min(counts, default=FEWEST) < FEWEST
+    if settings and settings.publish and settings.faces != "sample" and single:
+        way_out = f"the astronaut, drawn faces, or averages with counts=[...] of {FEWEST} or more"
+        raise ValueError(f"single faces of UTKFace may not be published: show {way_out}")
+    columns = max(1, min(columns, len(pixels)))
+    rows, side = max(1, -(-len(pixels) // columns)), min(2.2, 9 / columns)
+    figure = plt.figure(figsize=(side * columns, (side + 0.25) * rows))
+    for place, (face, title) in enumerate(zip(pixels, titles, strict=True), 1):
+        axis = figure.add_subplot(rows, columns, place)
+        axis.imshow(face)
         axis.axis("off")
-    for axis, face, title in zip(axes.flat, pixels, titles, strict=False):
-        axis.imshow(face, interpolation="nearest")
         axis.set_title(title, fontsize=8, fontweight="normal", loc="center", pad=3)
     return figure
 
 
-def show_maps(
-    pixels: np.ndarray,
-    maps: np.ndarray,
-    titles: Sequence[str],
-    settings: Settings,
-    averages: bool = False,
-    columns: int = 8,
-) -> Figure:
-    """Signed maps [N, h, w] in years over faces (uint8 [N, H, W, 3]): red raises the age, blue
-    lowers it, one scale for all. Single faces of UTKFace are pixelated while publishing;
-    `averages` says that each face is the average of many, so that none needs to be."""
-    pixels = np.asarray(pixels)
-    way = cv2.INTER_CUBIC
-    if settings.publish and settings.faces != "sample" and not averages:
-        pixels, way = pixelate(pixels), cv2.INTER_NEAREST  # both in cells, without a face's texture
-        maps = np.stack(
-            [cv2.resize(m, (MOSAIC, MOSAIC), interpolation=cv2.INTER_AREA) for m in maps]
-        )
-    columns = min(columns, len(pixels))
-    rows, cell = -(-len(pixels) // columns), min(1.9, 10 / columns)
-    size = (cell * columns + 0.9, (cell + 0.25) * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
-    height, width = pixels.shape[1:3]
-    most = np.quantile(np.abs(maps), 0.995)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, face, values, title in zip(axes.flat, pixels, maps, titles, strict=False):
-        grey = cv2.cvtColor(face, cv2.COLOR_RGB2GRAY)
-        axis.imshow(grey, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        large = cv2.resize(values, (width, height), interpolation=way)
+def show_maps(pixels: np.ndarray, maps: np.ndarray, titles: list[str], settings: Settings | None,
+              counts: list[int] | None = None) -> plt.Figure:  # fmt: skip
+    """Signed maps [N, h, w] in years over faces: red raises the age, blue lowers it, one scale for
+    all. Faces, settings, counts and the ValueError are those of `show_faces`."""
+    greys = np.stack([cv2.cvtColor(face, cv2.COLOR_RGB2GRAY) for face in pixels])
+    figure = show_faces(np.stack([greys] * 3, -1), titles, settings, counts)
+    axes, most = figure.axes, np.quantile(np.abs(maps), 0.995)
+    for axis, values in zip(axes, maps, strict=True):
+        large = cv2.resize(values, greys.shape[:0:-1], interpolation=cv2.INTER_CUBIC)
         # Full colour, more or less transparent: a pale one would draw lines around the zeros.
         alpha = 0.85 * np.clip(np.abs(large) / most, 0, 1)
-        colours = dict(cmap=MAP_COLOURS, vmin=-1, vmax=1, alpha=alpha)
-        axis.imshow(np.sign(large), interpolation="nearest", **colours)
-        axis.set_title(title, fontsize=8, fontweight="normal", loc="center", pad=3)
+        axis.imshow(np.sign(large), cmap=MAP_COLOURS, vmin=-1, vmax=1, alpha=alpha)
     scale = plt.cm.ScalarMappable(plt.Normalize(-most, most), MAP_COLOURS)
-    bar = figure.colorbar(scale, ax=axes, fraction=0.03, aspect=12 * rows, pad=0.02)
-    bar.set_label("years per place", fontsize=9)
-    bar.ax.tick_params(labelsize=8)
+    figure.colorbar(scale, ax=axes, fraction=0.03, pad=0.02).set_label("years per place")
     return figure
 
 
-def show_answers(chips: np.ndarray, answers: pd.DataFrame, level: float | None) -> Figure:
-    """A card for each face (uint8 [N, H, W, 3]): age, interval of this level, warnings.
-
-    `answers` has a row a face: age, low and high in years (NaN where there is none), warnings.
-    """
-    columns = min(len(chips), 4)
-    rows = -(-len(chips) // columns)
-    size = (2.6 * columns, 3.3 * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, chip, answer in zip(axes.flat, chips, answers.itertuples(), strict=False):
-        axis.imshow(chip, interpolation="nearest")
-        age = "no answer" if np.isnan(answer.age) else f"looks {answer.age:.0f}"
-        axis.set_title(age, loc="center", fontsize=15)
-        text = answer.warnings.replace("; ", "\n")
-        if level and not np.isnan(answer.low):
-            text = f"{answer.low:.0f} to {answer.high:.0f} ({level:.0%} interval)\n{text}"
+def show_answers(chips: np.ndarray, answers: pd.DataFrame, level: float | None) -> plt.Figure:
+    """Cards of faces (uint8 [N, H, W, 3]) from rows of age, low, high (years or NaN), warnings."""
+    ages = ["no answer" if np.isnan(age) else f"looks {age:.0f}" for age in answers["age"]]
+    figure = show_faces(chips, ages, columns=4)
+    for axis, row in zip(figure.axes, answers.itertuples(), strict=True):
+        text = row.warnings.replace("; ", "\n")
+        if level and not np.isnan(row.low):
+            text = f"{row.low:.0f} to {row.high:.0f} ({level:.0%} interval)\n{text}"
         axis.text(0.5, -0.04, text, transform=axis.transAxes, ha="center", va="top", fontsize=9)
-    figure.text(0.99, 0.005, "apparent age, not proof of age", ha="right", fontsize=7, color=MUTED)
+        axis.title.set_fontsize(15)
+    figure.supxlabel("apparent age, not proof of age", fontsize=8, color=MUTED)
     return figure
 
 
 def with_intervals(axis: plt.Axes, table: pd.DataFrame, colours: dict | None = None) -> None:
     """Horizontal points with 95 % bars, from rows of value, low, high, n; n beside each name."""
     for place, (name, row) in enumerate(table.iterrows()):
-        colour = (colours or {}).get(name, ACCENT)
         bars = [[row["value"] - row["low"]], [row["high"] - row["value"]]]
+        colour = (colours or {}).get(name, ACCENT)
         axis.errorbar(row["value"], place, xerr=bars, fmt="o", color=colour, capsize=3)
-    names = [f"{name}  (n = {int(row['n']):,})" for name, row in table.iterrows()]
-    axis.set_yticks(range(len(table)), names)
+    axis.set_yticks(range(len(table)), [f"{k}  (n = {n:,.0f})" for k, n in table["n"].items()])
     axis.set_ylim(len(table) - 0.5, -0.5)
 
 
-def save(figure: Figure, settings: Settings, name: str) -> None:
+def save(figure: plt.Figure, settings: Settings, name: str) -> None:
     """Write a figure as PNG into the run's figures folder."""
     settings.figures.mkdir(parents=True, exist_ok=True)
     figure.savefig(settings.figures / f"{name}.png", dpi=110, metadata={"Software": None})
