@@ -7,12 +7,24 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-NOTEBOOKS := $(wildcard notebooks/*.ipynb)
-EXECUTE := $(BIN)/jupyter nbconvert --to notebook --execute --log-level=WARN \
-	--ExecutePreprocessor.timeout=-1 --ExecutePreprocessor.record_timing=False \
-	--ExecutePreprocessor.store_widget_state=False
+NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
+# How many notebooks `make course` runs at a time, one thread each: more would wait for each other.
+JOBS := $(shell [ "$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)" -gt 1 ] && echo 2 || echo 1)
 
-.PHONY: help course test faults lint lab data publish clean
+# Runs the notebook $1 with the options $WRITE of nbconvert and tells how long it took. 255 in $STOP
+# keeps xargs from going on after a failure.
+define RUN
+name=$$(basename "$$1" .ipynb) start=$$SECONDS; log=build/$$name.log
+if $(BIN)/jupyter nbconvert --to notebook --execute $$WRITE --ExecutePreprocessor.timeout=-1 \
+	--ExecutePreprocessor.record_timing=False --ExecutePreprocessor.store_widget_state=False \
+	"$$1" >"$$log" 2>&1
+then printf '%-34s %5d s\n' "$$name" $$((SECONDS - start))
+else tail -n 25 "$$log" >&2; echo "$$name FAILED after $$((SECONDS - start)) s; more in $$log" >&2; exit $${STOP:-1}
+fi
+endef
+export RUN
+
+.PHONY: help course test lint lab data publish clean
 
 help:
 	@echo "make course   run every notebook on the drawn sample; results in build/"
@@ -20,7 +32,6 @@ help:
 	@echo "make lab      open the course in JupyterLab"
 	@echo "make data     fetch UTKFace, or take FROM=folder-or-archive, and verify it"
 	@echo "make publish  run every notebook on UTKFace, write the committed outputs and results"
-	@echo "make faults   the tests of what can go wrong, and their table in the README"
 	@echo "make lint     check the code's style"
 	@echo "make clean    remove build/ and the drawn sample"
 
@@ -33,22 +44,16 @@ $(READY): requirements.txt
 	@touch $@
 
 course: $(READY)
-	@mkdir -p build/notebooks
-	@for notebook in $(NOTEBOOKS); do \
-		echo "Running $$notebook ..."; \
-		AGE_FACES=sample AGE_PUBLISH=0 $(EXECUTE) --output-dir build/notebooks "$$notebook"; \
-	done
-	@$(BIN)/jupyter nbconvert --to html --log-level=ERROR build/notebooks/*.ipynb
+	@rm -rf build/notebooks && mkdir -p build/notebooks
+	@echo "Running $(words $(NOTEBOOKS)) notebooks on the drawn sample, $(JOBS) at a time ..."
+	@printf '%s\n' $(NOTEBOOKS) | AGE_FACES=sample AGE_PUBLISH=0 OMP_NUM_THREADS=1 \
+		WRITE="--output-dir build/notebooks" xargs -n 1 -P $(JOBS) bash -c "$$RUN" run
+	@$(BIN)/jupyter nbconvert --to html --log-level=ERROR build/notebooks/*.ipynb 2>/dev/null
 	@echo "Done. Executed notebooks: build/notebooks/*.html (open in a browser). Figures: build/figures/."
 
 test: $(READY)
 	@AGE_FACES=sample AGE_PUBLISH=0 $(BIN)/python -m pytest tests notebooks --nbval-lax \
 		--nbval-cell-timeout=600 --numprocesses=2 --dist=loadscope $(ARGS)
-
-faults: $(READY)
-	@AGE_FACES=sample AGE_PUBLISH=0 $(BIN)/python -m pytest tests -m fault \
-		--numprocesses=2 --dist=loadscope $(ARGS)
-	@$(BIN)/python -m utils.report
 
 lint: $(READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check utils tests
@@ -57,16 +62,14 @@ lab: $(READY)
 	@$(BIN)/jupyter lab notebooks
 
 data: $(READY)
-	@$(BIN)/python -m utils.sources $(if $(FROM),"$(FROM)") $(ARGS)
+	@$(BIN)/python -m utils.download $(if $(FROM),"$(FROM)") $(ARGS)
 
 publish: $(READY)
-	@$(BIN)/python -m utils.colab
-	@for notebook in $(NOTEBOOKS); do \
-		echo "Publishing $$notebook ..."; \
-		AGE_FACES=utkface AGE_PUBLISH=1 $(EXECUTE) --inplace "$$notebook"; \
-	done
-	@AGE_FACES=utkface AGE_PUBLISH=1 $(BIN)/python -m utils.hero
-	@$(BIN)/python -m utils.report
+	@mkdir -p build
+	@$(BIN)/python -m utils.publish
+	@printf '%s\n' $(NOTEBOOKS) | AGE_FACES=utkface AGE_PUBLISH=1 WRITE=--inplace STOP=255 \
+		xargs -n 1 bash -c "$$RUN" run
+	@AGE_FACES=utkface AGE_PUBLISH=1 $(BIN)/python -m utils.publish
 	@echo "Done. Look at the notebooks and at figures/ before you commit them."
 
 clean:

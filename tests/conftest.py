@@ -1,7 +1,5 @@
-"""For every test: where `utils` lies, how many threads, what a failed notebook cell stops, and
-which faults are tested."""
+"""For every test: where `utils` lies, how many threads, and what a failed notebook cell stops."""
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -29,56 +27,10 @@ class StopNotebook:
         return report
 
 
-class CountFaults:
-    """Counts the tests marked `fault` as they end; `pytest tests -m fault` writes the counts to
-    build/faults.json, from which `python -m utils.report` makes the README's table. Workers send
-    theirs in the reports."""
-
-    def __init__(self):
-        self.faults = {}
-
-    def pytest_collection_modifyitems(self, items):
-        for item in items:
-            for mark in item.iter_markers("fault"):
-                item.user_properties.append(("fault", list(mark.args)))
-
-    def pytest_runtest_logreport(self, report):
-        if report.when != "call" and report.passed:
-            return
-        for name, value in report.user_properties:
-            if name == "fault":
-                count(self.faults, value, report.outcome)
-
-    def pytest_sessionfinish(self, session):
-        if self.faults and counts_all(session.config):
-            folder = Path(__file__).resolve().parents[1] / "build"
-            folder.mkdir(exist_ok=True)
-            (folder / "faults.json").write_text(json.dumps(self.faults, indent=1), "utf-8")
-
-
-def counts_all(config):
-    """Whether this is `pytest tests -m fault`, and not one of its workers: a part would mislead."""
-    given, folder = config.option, Path(__file__).parent
-    whole = [Path(place).resolve() for place in config.args] == [folder]
-    return whole and given.markexpr == "fault" and not given.keyword and not is_worker(config)
-
-
-def is_worker(config):
-    return hasattr(config, "workerinput")
-
-
-def count(faults, mark, outcome):
-    """Add one test to `faults`: for each fault its outcome in words, and tests by their result."""
-    row = faults.setdefault(mark[0], {"outcome": ""})
-    row["outcome"] = row["outcome"] or "".join(mark[1:])
-    row[outcome] = row.get(outcome, 0) + 1
-
-
 def pytest_configure(config):
     # As a plugin of its own: a conftest's hooks do not see the items of other folders.
     config.pluginmanager.register(StopNotebook())
-    config.pluginmanager.register(CountFaults())
-    if is_worker(config):
+    if hasattr(config, "workerinput"):
         # The workers of xdist share the cores, and so do the kernels that they start: with more
         # threads than cores, PyTorch slows down tenfold and more.
         os.environ["OMP_NUM_THREADS"] = "1"
@@ -90,8 +42,20 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def no_outer_settings(monkeypatch):
     """The reader's own weights and switches decide no test."""
-    for name in ("AGE_BACKBONE_WEIGHTS", "AGE_BACKBONE_MEAN_STD", "AGE_DATA", "AGE_PUBLISH"):
+    weights = ("AGE_FACE_WEIGHTS", "AGE_BACKBONE_WEIGHTS", "AGE_BACKBONE_MEAN_STD")
+    for name in (*weights, "AGE_DATA", "AGE_PUBLISH"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Small batches gain nothing from more, and lose much on a busy machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -114,14 +78,3 @@ def own_faces(tmp_path_factory) -> Path:
         lines.append(f"{name};{labels['age']};{labels['gender'][0]};{group};p{i // 2}")
     (folder / "labels.csv").write_text("\n".join(lines), encoding="utf-8-sig")
     return folder
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """Small batches gain nothing from more, and lose much on a busy machine."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
