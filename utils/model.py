@@ -195,9 +195,9 @@ class AgeRegressor(nn.Module):
         mean of (NaN with the head "regression", which has none)."""
         ages = self.ages(outputs)
         if self.head == "regression":
-            return torch.stack([ages, torch.full_like(ages, torch.nan)], 1)
-        squares = outputs.softmax(1) @ self.years**2
-        return torch.stack([ages, (squares - ages**2).clamp(min=0).sqrt()], 1)
+            return torch.stack([ages, ages * torch.nan], 1)
+        variance = outputs.softmax(1) @ self.years**2 - ages**2
+        return torch.stack([ages, variance.clamp(min=0).sqrt()], 1)
 
     def set_last(self, layer: nn.Module) -> None:
         """Put another layer in place of the backbone's last one (an identity: features only)."""
@@ -231,28 +231,26 @@ def build_model(
 ) -> AgeRegressor:
     """New model for `settings.backbone` at `settings.image_size`, seeded by `settings.seed`.
 
-    With `settings.pretrained` the face MobileNet starts from `face_start` and needs some hundred
-    face crops, `examples` [N, 3, S, S] in 0-1; a network of torchvision from its default weights.
-    AGE_BACKBONE_WEIGHTS comes first where it names a file of this backbone: one of `save_weights`,
-    or for torchvision's networks a state dict (normalised by ImageNet's mean and std, or by
-    AGE_BACKBONE_MEAN_STD, such as "0.5,0.5").
+    With `settings.pretrained` it starts from the file in AGE_BACKBONE_WEIGHTS where that is one of
+    `save_weights` for the same backbone, or for torchvision's networks a state dict (with inputs
+    normalised as ImageNet's, or as in AGE_BACKBONE_MEAN_STD: "0.5,0.5"); else from torchvision's
+    weights, or from `face_start` with some hundred face crops, `examples` [N, 3, S, S] in 0-1.
 
     Raises FileNotFoundError or ValueError where a file is missing, unreadable, or another
     network's, and ConnectionError where weights cannot be downloaded.
     """
     name, file = settings.backbone, os.environ.get("AGE_BACKBONE_WEIGHTS")
     norm, origin, state = FACE_NORM if name == "face_mobilenet" else IMAGENET, "random", None
-    if settings.pretrained and file:
-        stored, facts = _read(locate(file))
-        if facts and facts["backbone"] == name:
-            norm, origin = (facts["mean"], facts["std"]), f"file {Path(file).name}"
-            keys = [key for key in stored if key.startswith("backbone.")]
-            state = {key.removeprefix("backbone."): stored[key] for key in keys}
-        elif not facts and name != "face_mobilenet":
-            if given := os.environ.get("AGE_BACKBONE_MEAN_STD"):
-                norm = [[float(part)] * 3 for part in given.split(",")]
-            origin, state = f"file {Path(file).name}", stored
-    if settings.pretrained and not state and name != "face_mobilenet":
+    stored, facts = _read(locate(file)) if settings.pretrained and file else (None, None)
+    if facts and facts["backbone"] == name:
+        norm, origin = (facts["mean"], facts["std"]), f"file {Path(file).name}"
+        parts = ((key.partition("."), value) for key, value in stored.items())
+        state = {key: value for (part, _, key), value in parts if part == "backbone"}
+    elif stored and not facts and name != "face_mobilenet":
+        state, origin = stored, f"file {Path(file).name}"
+        if given := os.environ.get("AGE_BACKBONE_MEAN_STD"):
+            norm = [[float(number)] * 3 for number in given.split(",")]
+    elif settings.pretrained and name != "face_mobilenet":
         weights = get_model_weights(name).DEFAULT
         norm, origin = (weights.transforms().mean, weights.transforms().std), str(weights)
         try:
@@ -265,14 +263,14 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.seed)
         model = AgeRegressor(name, settings.image_size, *norm, age_mean, age_scale, settings.head)
-    if state:  # the last layer too where its shape fits: of a file of ours with the same head
+    if state:  # with its last layer where that fits: from a file of ours with the same head
         own = model.backbone.state_dict()
         last = {key: own[key] for key in own if key.startswith(f"{model.last_layer}.")}
         fits = all(key in state and state[key].shape == value.shape for key, value in last.items())
         _load(model.backbone, state if fits else state | last, origin)
     elif settings.pretrained:
-        origin = "face start (VGGFace2, IMDB-WIKI)"
         model.backbone.load_start(face_start(), model.normalised(examples))
+        origin = "face start (VGGFace2, IMDB-WIKI)"
     model.origin = origin
     return model.train()
 

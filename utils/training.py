@@ -24,14 +24,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
-from utils import model as models
 from utils.augment import STANDARD, augment, resize
 from utils.faces import FOLDS, Faces, load_faces, split_digest
+from utils.model import LOSSES, AgeRegressor, build_model, load_weights, save_weights
 from utils.settings import CHECKPOINT, Settings, get_settings, locate, write_atomically
 
 EXAMPLES = 512  # training faces that set the batch normalisation of the face start
 GROUP_RATE = 0.001  # how fast the shares of groups follow their losses
 CHECK_EVERY = 20  # steps between looks at the loss: each look makes a GPU wait
+COLUMNS = ["epoch", "train_mae", "valid_mae", "learning_rate", "seconds", "images_per_second"]
 
 
 def train(
@@ -40,182 +41,159 @@ def train(
     run: Path,
     *,
     fold: int | None = None,
-    net: models.AgeRegressor | None = None,
+    net: AgeRegressor | None = None,
     loss: Callable[[torch.Tensor, torch.Tensor, np.ndarray], torch.Tensor] | None = None,
     augmentation: dict | None = None,
     sampling: np.ndarray | None = None,
     weights: np.ndarray | None = None,
     groups: np.ndarray | None = None,
     progress: bool = True,
-) -> models.AgeRegressor:
+) -> AgeRegressor:
     """Train on the split "train", or on all faces outside `fold`, and return the network.
 
-    `run` keeps history.csv, a checkpoint until the end, and then `model.safetensors`: the moving
-    average of the weights after the last epoch. Called again, it loads a finished run, and resumes
-    an unfinished one after its last whole epoch, to the same weights. The MAE on the faces held out
-    (the split "valid" without a fold, or with the last one) is shown; nothing is chosen by it.
+    `run` keeps history.csv (COLUMNS), a checkpoint until the end, then `model.safetensors`: the
+    moving average of the weights after the last epoch. Called again, it loads a finished run and
+    resumes an unfinished one after its last whole epoch, to the same weights. The MAE on faces held
+    out (the split "valid" without a fold, or with the last one) is shown; nothing is chosen by it.
 
-    `net` brings a network of your own in place of `build_model`'s, `loss(outputs [B, K], ages [B],
-    rows [B])` a loss, one value a face; `augmentation` strengths of utils.augment.augment, STANDARD
-    by default. Arrays over all rows of the table work against imbalance: `sampling` draws training
-    faces with replacement in these proportions, `weights` multiply their losses, `groups` (whole
-    numbers from 0) let the loss lean to the groups that do worst (group DRO, Sagawa et al., 2020).
+    `net` replaces `build_model`'s network, `loss(outputs [B, K], ages [B], rows [B])` the head's
+    loss, one value a face, and `augmentation` the strengths STANDARD. Arrays over all rows of the
+    table: `sampling` draws training faces with replacement in these proportions, `weights` multiply
+    their losses, `groups` (whole numbers) let the loss lean to the groups that do worst (group DRO,
+    Sagawa et al., 2020). Under torchrun each process takes its share of `settings.batch_size`.
 
-    Under torchrun each process takes its share of `settings.batch_size`; `run` lies on a disk that
-    all share. Raises ValueError where `run` holds another configuration, FloatingPointError where
-    the loss is not finite.
+    Raises ValueError where `run` holds another configuration, FloatingPointError where the loss is
+    not finite.
     """
-    run, world, rank = (
-        Path(run),
-        *(int(os.environ.get(*v)) for v in (("WORLD_SIZE", 1), ("RANK", 0))),
-    )
-    if settings.batch_size % world:
-        raise ValueError(f"batch_size {settings.batch_size} does not divide by {world} processes")
-    held_out = faces.table["split"] == "valid"
-    train_rows = np.flatnonzero(faces.table["split"] == "train")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    train, valid = faces.table["split"] == "train", faces.table["split"] == "valid"
     if fold is not None:
-        train_rows = np.flatnonzero(faces.table["fold"] != fold)
-        held_out = held_out if fold == FOLDS - 1 else faces.table["fold"] == fold
-    valid_rows = np.flatnonzero(held_out)
+        train = faces.table["fold"] != fold
+        valid = valid if fold == FOLDS - 1 else ~train
+    train_rows, valid_rows = np.flatnonzero(train), np.flatnonzero(valid)
     if not len(train_rows) or not len(valid_rows):
         raise ValueError("no face to train on, or none held out: look at the column split")
     strengths = STANDARD if augmentation is None else augmentation
     arrays = {"sampling": sampling, "weights": weights, "groups": groups}
     configuration = _configuration(faces, settings, fold, net, loss, strengths, arrays)
-    with _alone(run, world):
-        _claim(run, configuration)
-        if (run / "model.safetensors").is_file():
-            model, facts = models.load_weights(run / "model.safetensors", net)
+    run, final, checkpoint = Path(run), Path(run) / "model.safetensors", Path(run) / "last.ckpt"
+    with _claimed(run, configuration, world):
+        if final.is_file():
+            model, facts = load_weights(final, net)
             _say(f"{run.name}: trained earlier, valid MAE {facts['valid_mae']:.2f} years; loaded")
             return model
-        random_state = torch.get_rng_state()
-        try:
-            _fit(faces, settings, run, net, loss, train_rows, valid_rows, strengths, arrays,
-                 configuration, progress, world, rank)  # fmt: skip
-        except torch.cuda.OutOfMemoryError as error:
-            raise torch.cuda.OutOfMemoryError(
-                f"{error}. Try batch_size={settings.batch_size // 2} in a new run folder, or close "
-                "what else uses the GPU"
-            ) from None
-        finally:
-            torch.set_rng_state(random_state)
-        return models.load_weights(run / "model.safetensors", net)[0]
 
+        _keep_memory()
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if world > 1 and not distributed.is_initialized():
+            distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        ages = torch.from_numpy(faces.table["age"].to_numpy(np.float32))
+        given = (None if array is None else torch.tensor(array) for array in arrays.values())
+        sampling, weights, groups = given
+        size = min(settings.batch_size, len(train_rows)) // world
+        steps = len(train_rows) // (size * world)
+        model = net or _new_model(faces, settings, train_rows)
+        model.to(device, memory_format=torch.channels_last)
+        backbone = DistributedDataParallel(model.backbone) if world > 1 else model.backbone
+        loss = loss or (lambda outputs, labels, rows: LOSSES[model.head](model, outputs, labels))
+        optimizer = torch.optim.AdamW(
+            model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, settings.learning_rate, total_steps=steps * settings.epochs
+        )
+        average = AveragedModel(
+            model, multi_avg_fn=_average(schedule.total_steps), use_buffers=True
+        )
+        precision = _precision(model, device)
+        scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+        shares = None if groups is None else torch.ones(int(groups.max()) + 1, device=device)
+        parts = {"model": model, "average": average, "optimizer": optimizer, "schedule": schedule,
+                 "scaler": scaler}  # fmt: skip
+        log = []
+        if checkpoint.is_file():
+            kept = torch.load(checkpoint, map_location=device, weights_only=True)
+            for name, part in parts.items():
+                part.load_state_dict(kept[name])
+            log, shares = kept["log"], kept["shares"]
+            _say(f"{run.name}: resumed after epoch {len(log)}")
 
-def _fit(
-    faces, settings, run, net, loss, train_rows, valid_rows, strengths, arrays, configuration,
-    progress, world, rank,
-) -> None:  # fmt: skip
-    """The loop. Order, views and dropout follow from (seed, epoch): a resumed run is the same."""
-    _keep_memory()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if world > 1 and not distributed.is_initialized():
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    ages = torch.from_numpy(faces.table["age"].to_numpy(np.float32))
-    sampling, weights, groups = (None if a is None else torch.tensor(a) for a in arrays.values())
-    size = min(settings.batch_size, len(train_rows)) // world
-    steps = len(train_rows) // (size * world)
-
-    model = net or _new_model(faces, settings, train_rows)
-    model.to(device, memory_format=torch.channels_last)
-    precision = _precision(model, device)
-    loss = loss or (lambda outputs, labels, rows: models.LOSSES[model.head](model, outputs, labels))
-    backbone = DistributedDataParallel(model.backbone) if world > 1 else model.backbone
-    optimizer = torch.optim.AdamW(
-        model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.learning_rate, total_steps=steps * settings.epochs
-    )
-    average = AveragedModel(model, multi_avg_fn=_average(steps * settings.epochs), use_buffers=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    shares = None if groups is None else torch.ones(int(groups.max()) + 1, device=device)
-    stateful = dict(model=model, average=average, optimizer=optimizer, schedule=schedule,
-                    scaler=scaler)  # fmt: skip
-    log = []
-    if (run / "last.ckpt").is_file():
-        kept = torch.load(run / "last.ckpt", map_location=device, weights_only=True)
-        for name, part in stateful.items():
-            part.load_state_dict(kept[name])
-        log, shares = kept["log"], kept["shares"]
-        _say(f"{run.name}: resumed after epoch {len(log)}")
-
-    for epoch in range(len(log), settings.epochs):
-        start, total, recent = time.perf_counter(), torch.zeros((), device=device), []
-        key = np.random.SeedSequence((settings.seed, epoch, rank))
-        views, dropout = key.generate_state(2).tolist()
-        generator = torch.Generator().manual_seed(views)
-        torch.manual_seed(dropout)
-        order = torch.Generator().manual_seed(settings.seed + epoch)
-        if sampling is None:
-            places = torch.randperm(len(train_rows), generator=order)
-        else:
-            shown = sampling[train_rows].double()
-            places = torch.multinomial(shown, len(train_rows), True, generator=order)
-        rows_shown = train_rows[places[rank : steps * size * world : world]]
-        model.train()
-        bar = tqdm(batches(faces.pixels, rows_shown, size), f"epoch {epoch + 1}/{settings.epochs}",
-                   steps, leave=False, disable=not progress or rank > 0)  # fmt: skip
-        for step, (chips, rows) in enumerate(bar, 1):
-            images = augment(chips.to(device), model.image_size, generator, **strengths)
-            labels = ages[rows].to(device)
-            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                outputs = backbone(model.normalised(images)).float()
-            losses = loss(outputs, labels, rows)
-            if weights is not None:
-                losses = losses * weights[rows].to(losses)
-            mean = losses.mean()
-            if groups is not None:
-                mean, shares = _worst_groups(losses, groups[rows].to(device), shares)
-            optimizer.zero_grad()
-            scaler.scale(mean).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            schedule.step()
-            average.update_parameters(model)
-            total += (model.ages(outputs.detach()) - labels).abs().sum()
-            recent.append(mean.detach())
-            if step % CHECK_EVERY == 0 or step == steps:
-                finite = torch.stack(recent).isfinite().tolist()
-                if not all(finite):
-                    raise FloatingPointError(
-                        f"the loss is not finite in epoch {epoch + 1}, step "
-                        f"{step - len(finite) + 1 + finite.index(False)}: try a tenth of the "
-                        "learning rate in a new run folder, or look for broken ages or pixels"
-                    )
-                recent.clear()
-        trained = time.perf_counter() - start
-        if rank == 0:
-            error = predict(average.module, faces.pixels, valid_rows) - ages[valid_rows].numpy()
-            log = [*log, {
-                "epoch": epoch + 1, "train_mae": total.item() / (steps * size),
-                "valid_mae": float(np.abs(error).mean()),
-                "learning_rate": schedule.get_last_lr()[0],
-                "seconds": time.perf_counter() - start,
-                "images_per_second": steps * size * world / trained,
-            }]  # fmt: skip
-            table = pd.DataFrame(log)
-            write_atomically(run / "history.csv", partial(table.to_csv, index=False))
-            kept = {name: part.state_dict() for name, part in stateful.items()}
+        for epoch in range(len(log), settings.epochs):
+            # Order, views and dropout follow from (seed, epoch): a resumed run is the same.
+            start, error, recent = time.perf_counter(), torch.zeros((), device=device), []
+            key = np.random.SeedSequence((settings.seed, epoch, rank))
+            views, dropout = key.generate_state(2).tolist()
+            generator = torch.Generator().manual_seed(views)
+            torch.manual_seed(dropout)
+            order = torch.Generator().manual_seed(settings.seed + epoch)
+            if sampling is None:
+                places = torch.randperm(len(train_rows), generator=order)
+            else:
+                share = sampling[train_rows].double()
+                places = torch.multinomial(share, len(train_rows), True, generator=order)
+            rows_of_epoch = train_rows[places[rank : steps * size * world : world]]
+            bar = tqdm(batches(faces.pixels, rows_of_epoch, size), f"epoch {epoch + 1}", steps,
+                       leave=False, disable=not progress or rank > 0)  # fmt: skip
+            model.train()
+            for step, (chips, rows) in enumerate(bar, 1):
+                images = augment(chips.to(device), model.image_size, generator, **strengths)
+                labels = ages[rows].to(device)
+                with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+                    outputs = backbone(model.normalised(images)).float()
+                losses = loss(outputs, labels, rows)
+                if weights is not None:
+                    losses = losses * weights[rows].to(losses)
+                mean = losses.mean()
+                if groups is not None:
+                    mean, shares = _worst_groups(losses, groups[rows].to(device), shares)
+                optimizer.zero_grad()
+                scaler.scale(mean).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                schedule.step()
+                average.update_parameters(model)
+                error += (model.ages(outputs.detach()) - labels).abs().sum()
+                recent.append(mean.detach())
+                if step % CHECK_EVERY == 0 or step == steps:
+                    finite = torch.stack(recent).isfinite().tolist()
+                    if not all(finite):
+                        bad = step - len(finite) + 1 + finite.index(False)
+                        raise FloatingPointError(
+                            f"the loss is not finite in epoch {epoch + 1}, step {bad}: try a tenth "
+                            "of the learning rate in a new run folder, or look for broken labels"
+                        )
+                    recent.clear()
+            train_mae, trained = error.item() / (steps * size), time.perf_counter() - start
+            if rank > 0:
+                continue
+            found = predict(average.module, faces.pixels, valid_rows)
+            valid_mae = float(np.abs(found - ages[valid_rows].numpy()).mean())
+            seconds, speed = time.perf_counter() - start, steps * size * world / trained
+            row = epoch + 1, train_mae, valid_mae, schedule.get_last_lr()[0], seconds, speed
+            log = [*log, dict(zip(COLUMNS, row, strict=True))]
+            write_atomically(run / "history.csv", partial(pd.DataFrame(log).to_csv, index=False))
+            kept = {name: part.state_dict() for name, part in parts.items()}
             kept |= {"log": log, "shares": shares}
-            write_atomically(run / "last.ckpt", partial(torch.save, kept))
-            _say("epoch {epoch}/{}: train MAE {train_mae:.2f}, valid MAE {valid_mae:.2f} years, "
-                 "{seconds:.0f} s".format(settings.epochs, **log[-1]))  # fmt: skip
-    if rank == 0:
-        table, threads = pd.DataFrame(log), f"CPU, {torch.get_num_threads()} threads"
-        models.save_weights(
-            average.module, run / "model.safetensors",
-            split_digest=split_digest(faces.table), training=configuration, epochs=len(log),
-            valid_mae=log[-1]["valid_mae"], seconds=round(float(table["seconds"].sum()), 1),
-            images_per_second=round(float(table["images_per_second"].median()), 1),
-            device=torch.cuda.get_device_name() if device.type == "cuda" else threads,
-            processes=world, precision=str(precision).removeprefix("torch."),
-        )  # fmt: skip
-        (run / "last.ckpt").unlink()
-    if world > 1:
-        distributed.barrier()
+            write_atomically(checkpoint, partial(torch.save, kept))
+            _say(f"epoch {epoch + 1}/{settings.epochs}: train MAE {train_mae:.2f}, "
+                 f"valid MAE {valid_mae:.2f} years, {seconds:.0f} s")  # fmt: skip
+
+        if rank == 0:
+            table, cpu = pd.DataFrame(log), f"CPU, {torch.get_num_threads()} threads"
+            save_weights(
+                average.module, final,
+                split_digest=split_digest(faces.table), training=configuration, epochs=len(log),
+                valid_mae=log[-1]["valid_mae"], seconds=round(table["seconds"].sum(), 1),
+                images_per_second=round(table["images_per_second"].median(), 1),
+                device=torch.cuda.get_device_name() if device.type == "cuda" else cpu,
+                processes=world, precision=str(precision).removeprefix("torch."),
+            )  # fmt: skip
+            checkpoint.unlink()
+        if world > 1:
+            distributed.barrier()
+        return load_weights(final, net)[0]
 
 
 def batches(pixels: np.ndarray, rows: np.ndarray, size: int) -> Iterator[tuple]:
@@ -235,11 +213,11 @@ def _gather(pixels: np.ndarray, rows: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.asarray(pixels[rows])).permute(0, 3, 1, 2)
 
 
-def _new_model(faces: Faces, settings: Settings, rows: np.ndarray) -> models.AgeRegressor:
+def _new_model(faces: Faces, settings: Settings, rows: np.ndarray) -> AgeRegressor:
     ages = faces.table["age"].to_numpy(np.float32)[rows]
     some = np.random.default_rng(settings.seed).choice(rows, min(EXAMPLES, len(rows)), False)
     examples = resize(_gather(faces.pixels, np.sort(some)), settings.image_size)
-    return models.build_model(settings, float(ages.mean()), float(ages.std()) or 1.0, examples)
+    return build_model(settings, float(ages.mean()), float(ages.std()) or 1.0, examples)
 
 
 def _average(steps: int) -> Callable:
@@ -266,16 +244,76 @@ def _worst_groups(losses: torch.Tensor, groups: torch.Tensor, shares: torch.Tens
     return (shares * means).sum(), shares
 
 
-def _precision(model: models.AgeRegressor, device: torch.device) -> torch.dtype:
+def _precision(model: AgeRegressor, device: torch.device) -> torch.dtype:
     """bfloat16 or float16 where the processor is made for it and the network gains from it."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
     can = torch.cpu.get_capabilities()
-    # Most depthwise convolutions wait for memory: bfloat16 slows MobileNetV2 down.
-    dense = all(getattr(layer, "groups", 1) == 1 for layer in model.modules())
-    gains = dense or isinstance(model.backbone, models.FaceMobileNet)
     fast = can.get("avx512_bf16") or can.get("amx_bf16")
+    # Depthwise convolutions wait for memory: on a CPU bfloat16 slows most such networks down.
+    dense = all(getattr(layer, "groups", 1) == 1 for layer in model.modules())
+    gains = dense or model.backbone_name == "face_mobilenet"
     return torch.bfloat16 if fast and gains else torch.float32
+
+
+def _configuration(faces, settings, fold, net, loss, strengths, arrays) -> dict:
+    """All that decides the weights, short enough to compare and to read."""
+    names = "backbone head image_size epochs batch_size learning_rate weight_decay seed pretrained"
+    rows = faces.table[["file", "age", "split", "sha256"]].to_csv(index=False)
+    contents = {
+        key: np.asarray(array).tobytes() for key, array in arrays.items() if array is not None
+    }
+    contents["faces"] = rows.encode()
+    file = os.environ.get("AGE_BACKBONE_WEIGHTS", "")
+    if net is not None:
+        tensors = (value.cpu().numpy().tobytes() for value in net.state_dict().values())
+        contents["net"] = repr(net).encode() + b"".join(tensors)
+    elif settings.pretrained and file and locate(file).is_file():
+        contents["start"] = locate(file).read_bytes()
+    if loss is not None:
+        contents["loss"] = inspect.getsource(loss).encode()
+    digests = {key: hashlib.sha256(value).hexdigest()[:12] for key, value in contents.items()}
+    chosen = {name: getattr(settings, name) for name in names.split()}
+    return chosen | {"fold": fold, "augmentation": strengths} | digests
+
+
+@contextmanager
+def _claimed(run: Path, configuration: dict, world: int) -> Iterator[None]:
+    """The run's folder, for one training of this configuration at a time. Another notebook that
+    trains it is waited for; processes of one training share it."""
+    path, text = run / "configuration.json", json.dumps(configuration)
+    lock, random_state = FileLock(run.with_name(f".{run.name}.lock")), torch.get_rng_state()
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        if world == 1:
+            lock.acquire(timeout=1)
+        if not path.is_file():
+            write_atomically(path, lambda file: file.write_text(text))
+    except Timeout:
+        _say(f"{run.name}: another process is training it; waiting for its end ...")
+        lock.acquire()
+    except OSError as error:
+        raise OSError(
+            f"{run} cannot be written ({error}): set AGE_DATA to another folder"
+        ) from error
+    try:
+        there, now = json.loads(path.read_text()), json.loads(text)
+        differ = [f"{key} {there.get(key)} there, {now.get(key)} now" for key in there | now
+                  if there.get(key) != now.get(key)]  # fmt: skip
+        if differ:
+            raise ValueError(
+                f"{run} holds a run of another configuration ({'; '.join(differ)}): delete that "
+                "folder, train into another one, or go back to its settings"
+            )
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        size = configuration["batch_size"] // 2
+        raise torch.cuda.OutOfMemoryError(
+            f"{error}. Try batch_size={size} in a new run folder, or close what else uses the GPU"
+        ) from None
+    finally:
+        torch.set_rng_state(random_state)
+        lock.release()
 
 
 def _keep_memory() -> None:
@@ -287,94 +325,29 @@ def _keep_memory() -> None:
             mallopt(option, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
 
 
-def _configuration(faces, settings, fold, net, loss, strengths, arrays) -> dict:
-    """All that decides the weights, short enough to compare and to read."""
-    names = "backbone head image_size epochs batch_size learning_rate weight_decay seed".split()
-    start, digests = (
-        "random",
-        {k: np.asarray(v).tobytes() for k, v in arrays.items() if v is not None},
-    )
-    if net is not None:
-        start = repr(net)
-        digests["net"] = b"".join(v.cpu().numpy().tobytes() for v in net.state_dict().values())
-    elif settings.pretrained:
-        start = os.environ.get("AGE_BACKBONE_WEIGHTS", "")
-        digests["start"] = locate(start).read_bytes() if start and locate(start).is_file() else b""
-        start = os.environ.get("AGE_BACKBONE_MEAN_STD", "pretrained")
-    digests["faces"] = faces.table[["file", "age", "split", "sha256"]].to_csv(index=False).encode()
-    if loss is not None:
-        digests["loss"] = inspect.getsource(loss).encode()
-    found = {name: getattr(settings, name) for name in names}
-    found |= {"net" if net else "weights": start, "fold": fold, "augmentation": strengths}
-    return found | {k: hashlib.sha256(v).hexdigest()[:12] for k, v in digests.items()}
-
-
-def _claim(run: Path, configuration: dict) -> None:
-    """Make the run's folder, or make sure that it holds the same configuration."""
-    path, text = run / "configuration.json", json.dumps(configuration)
-    if not path.is_file():
-        run.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file: file.write_text(text))
-    there, now = json.loads(path.read_text()), json.loads(text)
-    differ = [f"{key} {there.get(key)} there, {now.get(key)} now" for key in there | now
-              if there.get(key) != now.get(key)]  # fmt: skip
-    if differ:
-        raise ValueError(
-            f"{run} holds a run of another configuration ({'; '.join(differ)}): delete that "
-            "folder, train into another one, or go back to its settings"
-        )
-
-
-@contextmanager
-def _alone(run: Path, world: int) -> Iterator[None]:
-    """Another notebook that trains the same run is waited for. Processes of one run share it."""
-    if world > 1:
-        yield
-        return
-    lock = FileLock(run.with_name(f".{run.name}.lock"))
-    try:
-        run.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=1)
-    except Timeout:
-        _say(f"{run.name}: another process is training it; waiting for its end ...")
-    except OSError as error:
-        raise OSError(
-            f"{run} cannot be written ({error}): set AGE_DATA to a folder that can"
-        ) from error
-    with lock:
-        yield
-
-
 def _say(text: str) -> None:
     if int(os.environ.get("RANK", 0)) == 0:
         print(text, flush=True)
 
 
-def trained_model(faces: Faces, settings: Settings, progress: bool = True) -> models.AgeRegressor:
+def trained_model(faces: Faces, settings: Settings, progress: bool = True) -> AgeRegressor:
     """The network of notebook 4: your own run of it, else the published weights if the faces are
-    UTKFace's, else a training now."""
+    UTKFace's, else a training now. Raises ValueError where the weights know another split."""
     run = settings.runs / "cnn_regression"
-    if settings.faces == "utkface" and CHECKPOINT.is_file() and not run.is_dir():
-        model, facts = models.load_weights(CHECKPOINT)
-        if facts["split_digest"] != split_digest(faces.table):
-            raise ValueError(
-                f"{CHECKPOINT.name} was trained on another split of UTKFace and may know your "
-                "test faces: train your own model in notebook 4"
-            )
-        _say(f"published weights, valid MAE {facts['valid_mae']:.2f} years; loaded")
-        return model
-    return train(faces, settings, run, progress=progress)
-
-
-def history(run: Path) -> pd.DataFrame:
-    """One row an epoch: epoch (from 1), train_mae, valid_mae (years), learning_rate at its end,
-    seconds, images_per_second. train_mae is of the changing weights on augmented faces, so it is
-    no test of the model; valid_mae is of the moving-average weights."""
-    return pd.read_csv(Path(run) / "history.csv")
+    if run.is_dir() or settings.faces != "utkface" or not CHECKPOINT.is_file():
+        return train(faces, settings, run, progress=progress)
+    model, facts = load_weights(CHECKPOINT)
+    if facts["split_digest"] != split_digest(faces.table):
+        raise ValueError(
+            f"{CHECKPOINT.name} was trained on another split of UTKFace and may know your test "
+            "faces: train your own model in notebook 4"
+        )
+    _say(f"published weights, valid MAE {facts['valid_mae']:.2f} years; loaded")
+    return model
 
 
 def predict(
-    model: models.AgeRegressor,
+    model: AgeRegressor,
     pixels: np.ndarray,
     rows: np.ndarray,
     batch_size: int = 256,
@@ -384,13 +357,12 @@ def predict(
     corrupt: Callable[[torch.Tensor], torch.Tensor] | None = None,
     read: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> np.ndarray:
-    """Ages in years, float32 [len(rows)], of `pixels[rows]` (uint8 RGB [N, H, W, 3]).
+    """Ages in years, float32 [len(rows)], of `pixels[rows]` (uint8 RGB [N, H, W, 3]), in float32.
 
-    Streams batch by batch in float32, on the GPU if there is one. `flip` averages each face with
-    its mirror image; `corrupt` changes the uint8 chips [B, 3, H, W] before they are resized, as
-    utils.augment.corruption does. `read` turns the model's outputs into something else than ages:
-    with `model.ages_and_spreads` the answer is [len(rows), 2]. Raises TypeError for a mask: give
-    row numbers.
+    `flip` averages each face with its mirror image; `corrupt` changes the uint8 chips [B, 3, H, W]
+    before they are resized, as utils.augment.corruption does; `read` turns the model's outputs into
+    something else than ages: `model.ages_and_spreads` gives [len(rows), 2]. Raises TypeError for a
+    mask: give row numbers.
     """
     rows, read = np.asarray(rows), read or model.ages
     if rows.dtype == bool:
