@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import math
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,12 @@ def _convolution(inputs: int, outputs: int, stride: int = 1, kernel: int = 3, gr
     inside = kernel // 2 if stride == 1 else 0
     layer = nn.Conv2d(inputs, outputs, kernel, stride, inside, groups=groups, bias=False)
     return nn.Sequential(*pad, layer, nn.BatchNorm2d(outputs), nn.ReLU6(inplace=True))
+
+
+def small_network(outputs: int) -> nn.Sequential:
+    """Four convolutions that each halve the image [B, 3, S, S]: enough for drawn faces."""
+    layers = [_convolution(i, o, stride=2) for i, o in pairwise((3, 32, 64, 128, 256))]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, outputs))
 
 
 class FaceMobileNet(nn.Module):
@@ -128,7 +135,7 @@ def face_start() -> Path:
 class AgeRegressor(nn.Module):
     """Faces to ages in years. Normalisation (`mean`, `std` of pixels in 0-1) is inside.
 
-    `backbone` is "face_mobilenet", a classifier of torchvision, or a module of your own that ends
+    `backbone` is "face_mobilenet", "small", a classifier of torchvision, or a module of your own that ends
     in a linear layer. With the head "distribution" it outputs a logit for each year from 0 to
     OLDEST, and the age is the mean of their softmax (Gao et al., DLDL-v2, IJCAI 2018); with
     "regression" one number, and age = age_mean + age_scale * output. `age_mean` and `age_scale`
@@ -149,8 +156,9 @@ class AgeRegressor(nn.Module):
         outputs = {"distribution": OLDEST + 1, "regression": 1}[head]
         self.backbone_name = backbone if isinstance(backbone, str) else type(backbone).__name__
         self.image_size, self.head, self.origin = image_size, head, "random"
-        if backbone == "face_mobilenet":
-            backbone = FaceMobileNet(outputs)
+        own = {"face_mobilenet": FaceMobileNet, "small": small_network}
+        if backbone in own:
+            backbone = own[backbone](outputs)
         elif isinstance(backbone, str):
             backbone = get_model(backbone, weights=None, num_classes=outputs)
         self.backbone = backbone

@@ -26,7 +26,7 @@ class Settings:
     figures: Path  # figures and results.json
     publish: bool  # True while `make publish` runs: no single face of UTKFace is shown
     image_size: int  # side of the network's input
-    backbone: str  # "face_mobilenet" or a name in torchvision.models
+    backbone: str  # "face_mobilenet", "small" or a name in torchvision.models
     pretrained: bool  # start from weights learnt on faces or on ImageNet
     epochs: int
     batch_size: int
@@ -72,16 +72,15 @@ def get_settings(faces: str | None = None) -> Settings:
         learning_rate=5e-4, weight_decay=0.02, head="distribution",
     )  # fmt: skip
     if faces == "sample":
-        return replace(settings, image_size=64, backbone="resnet18", pretrained=False,
-                       learning_rate=2e-3, weight_decay=0.01)  # fmt: skip
+        return replace(settings, image_size=64, backbone="small", pretrained=False,
+                       learning_rate=5e-3, weight_decay=0.01)  # fmt: skip
     return settings
 
 
 def comparison_settings(settings: Settings) -> Settings:
     """The same at a fraction of the cost, for training many variants at one equal budget."""
-    if settings.faces == "sample":
-        return replace(settings, image_size=32, epochs=3)
-    return replace(settings, image_size=96, epochs=3)
+    small, epochs = (32, 3) if settings.faces == "sample" else (64, 4)
+    return replace(settings, image_size=small, epochs=epochs)
 
 
 def banner(settings: Settings) -> str:
