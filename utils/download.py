@@ -115,8 +115,9 @@ def unpack(source: Path, folder: Path) -> None:
     except Exception as error:  # readers of a damaged archive raise nearly anything
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL, errno.ENOENT):
             raise  # of the disk
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(
-            f"{source} is not UTKFace as published ({error}): fetch it again (data/README.md says "
+            f"{source} is not UTKFace as published ({reason}): fetch it again (data/README.md says "
             "where), or unset UTKFACE_ARCHIVE and run `make data`"
         ) from error
 
