@@ -171,12 +171,13 @@ def read_labels(folder: Path) -> list[dict]:
         ) from error
     images = (path.relative_to(folder) for path in folder.rglob("*"))
     images = [image.as_posix() for image in images if image.suffix.lower() in IMAGE_TYPES]
-    there = {_plain(image): image for image in images if not re.search(r"(^|/)\.", image)}
-    left, rows = set(there.values()), []
+    images = [image for image in images if not re.search(r"(^|/)\.", image)]
+    left, rows = set(images), []
+    there = {unicodedata.normalize("NFC", image): image for image in images}
     table = table.apply(lambda column: column.str.strip())
-    table["years"] = pd.to_numeric(table["age"], errors="coerce")
-    for row in table.to_dict("records"):
-        name, age = there.get(_plain(row["file"])), row["years"]
+    plain = table["file"].str.replace("\\", "/", regex=False).str.removeprefix("./")
+    names, years = plain.str.normalize("NFC").map(there), pd.to_numeric(table["age"], "coerce")
+    for row, name, age in zip(table.to_dict("records"), names.fillna(""), years, strict=True):
         if not name:
             reason = "no such image in the folder" if row["file"] else "a row without a file name"
         elif name not in left:
@@ -195,11 +196,6 @@ def read_labels(folder: Path) -> list[dict]:
         left.discard(name)
     rows += [{"file": name, "reason": f"no row in {LABELS}"} for name in left]
     return sorted(rows, key=lambda row: row["file"])
-
-
-def _plain(name: str) -> str:
-    """One spelling for a path that Windows, macOS and Linux write in three ways."""
-    return unicodedata.normalize("NFC", name.replace("\\", "/")).removeprefix("./")
 
 
 def decode(data: bytes) -> torch.Tensor:
