@@ -61,10 +61,8 @@ class FaceMobileNet(nn.Module):
             depthwise = _convolution(width, width, stride, groups=width)
             layers.append(nn.Sequential(depthwise, _convolution(width, wide, kernel=1)))
             width = wide
-        self.features = nn.Sequential(*layers)
-        self.feature = nn.Linear(width, 256)
-        self.dropout = nn.Dropout(dropout)
-        self.age = nn.Linear(256, outputs)
+        self.features, self.feature = nn.Sequential(*layers), nn.Linear(width, 256)
+        self.dropout, self.age = nn.Dropout(dropout), nn.Linear(256, outputs)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         pooled = self.features(images).mean((2, 3))
@@ -84,17 +82,17 @@ class FaceMobileNet(nn.Module):
             values = np.frombuffer(data, entry["dtype"], math.prod(entry["shape"]), place)
             place += values.nbytes
             stored[entry["name"]] = torch.from_numpy(values.reshape(entry["shape"]).copy())
-        names = [f"conv_{kind}_{i + 1}" for i in range(len(WIDTHS)) for kind in ("dw", "pw")]
-        names = iter(["conv1", *names])
+        blocks = range(1, len(WIDTHS) + 1)
+        names = iter(["conv1", *(f"conv_{kind}_{i}" for i in blocks for kind in ("dw", "pw"))])
         self.eval()
         for layer in (m for m in self.features.modules() if not list(m.children())):
-            if isinstance(layer, nn.Conv2d) and layer.groups > 1:
-                name = next(names)
-                scale = stored[f"{name}_bn/batchnorm_1/mul"].view(-1, 1, 1, 1)
-                layer.weight.copy_(stored[f"{name}/depthwise_kernel"].permute(2, 3, 0, 1) * scale)
-            elif isinstance(layer, nn.Conv2d):
-                name = next(names)
-                kernel = stored[f"{name}/convolution/merged_input"].permute(3, 2, 0, 1)
+            if isinstance(layer, nn.Conv2d):
+                name, last = next(names), "convolution/merged_input"
+                if layer.groups > 1:  # height, width, channels, 1
+                    scale = stored[f"{name}_bn/batchnorm_1/mul"].view(-1, 1, 1, 1)
+                    kernel = scale * stored[f"{name}/depthwise_kernel"].permute(2, 3, 0, 1)
+                else:  # height, width, inputs, outputs
+                    kernel = stored[f"{name}/{last}"].permute(3, 2, 0, 1)
                 layer.weight.copy_(kernel.flip(1) if name == "conv1" else kernel)  # BGR to RGB
             elif isinstance(layer, nn.BatchNorm2d):
                 layer.running_var, layer.running_mean = torch.var_mean(images, (0, 2, 3))
@@ -104,40 +102,37 @@ class FaceMobileNet(nn.Module):
         self.feature.weight.copy_(stored["feats/kernel"].T)
         self.feature.bias.copy_(stored["feats/bias"])
         if self.age.out_features == OLDEST + 1:
-            self.age.weight.zero_()
-            self.age.bias.fill_(-10.0)  # years that the file does not know
-            self.age.weight[1:101] = stored["age_pred/kernel"].T
-            self.age.bias[1:101] = stored["age_pred/bias"]
+            self.age.weight.zero_()[1:101] = stored["age_pred/kernel"].T
+            self.age.bias.fill_(-10.0)[1:101] = stored[
+                "age_pred/bias"
+            ]  # low: years not in the file
 
 
 def face_start() -> Path:
     """The .bin of the face start: the file in AGE_FACE_WEIGHTS, else fetched once (14 MB).
 
-    Raises FileNotFoundError where the variable names no file, ConnectionError where it cannot be
-    fetched.
+    Raises FileNotFoundError where the variable names no file, ConnectionError without a network.
     """
-    given = os.environ.get("AGE_FACE_WEIGHTS")
-    if given and not locate(given).is_file():
+    if given := os.environ.get("AGE_FACE_WEIGHTS"):
+        if locate(given).is_file():
+            return locate(given)
         raise FileNotFoundError(f"AGE_FACE_WEIGHTS names {given}, and there is no such file")
-    if given:
-        return locate(given)
     file = Path(os.environ.get("AGE_DATA") or ROOT / "data") / "downloads" / "faceres-deep.bin"
     try:
         for kind, sha256 in FACE_SHA256.items():
             fetch(FACE_START + kind, file.with_suffix(kind), sha256)
     except ConnectionError as error:
-        raise ConnectionError(
-            f"{error}. Or fetch {FACE_START}.bin and .json and set AGE_FACE_WEIGHTS to the .bin"
-        ) from error
+        advice = f"fetch {FACE_START}.bin and .json and set AGE_FACE_WEIGHTS to the .bin"
+        raise ConnectionError(f"{error}. Or {advice}") from error
     return file
 
 
 class AgeRegressor(nn.Module):
     """Faces to ages in years. Normalisation (`mean`, `std` of pixels in 0-1) is inside.
 
-    `backbone` is "face_mobilenet", "small", a classifier of torchvision, or a module of your own that ends
-    in a linear layer. With the head "distribution" it outputs a logit for each year from 0 to
-    OLDEST, and the age is the mean of their softmax (Gao et al., DLDL-v2, IJCAI 2018); with
+    `backbone` is "face_mobilenet", "small", a classifier of torchvision, or a module of your own
+    that ends in a linear layer. With the head "distribution" it outputs a logit for each year from
+    0 to OLDEST, and the age is the mean of their softmax (Gao et al., DLDL-v2, IJCAI 2018); with
     "regression" one number, and age = age_mean + age_scale * output. `age_mean` and `age_scale`
     (years) put the first outputs near the ages of the training set.
     """
@@ -163,33 +158,32 @@ class AgeRegressor(nn.Module):
             backbone = get_model(backbone, weights=None, num_classes=outputs)
         self.backbone = backbone
         self.last_layer = [n for n, m in backbone.named_modules() if isinstance(m, nn.Linear)][-1]
-        last = backbone.get_submodule(self.last_layer)
+        last, years = backbone.get_submodule(self.last_layer), torch.arange(OLDEST + 1.0)
         nn.init.normal_(last.weight, std=0.01)
         nn.init.zeros_(last.bias)
-        years = torch.arange(OLDEST + 1, dtype=torch.float32)
         if head == "distribution":  # start from the normal curve of the training ages
             last.bias.data.copy_(-((years - age_mean) ** 2) / (2 * age_scale**2))
         self.register_buffer("years", years, persistent=False)
         for name, value in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32).view(1, 3, 1, 1))
-        self.register_buffer("age_mean", torch.tensor(float(age_mean)))
-        self.register_buffer("age_scale", torch.tensor(float(age_scale)))
+        for name, value in (("age_mean", age_mean), ("age_scale", age_scale)):
+            self.register_buffer(name, torch.tensor(float(value)))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Ages in years [B] of RGB images [B, 3, h, w], floats in 0-1."""
         return self.ages(self.outputs(images))
 
     def outputs(self, images: torch.Tensor) -> torch.Tensor:
-        """What the backbone outputs, float32 [B, K]: one number, or the logits of the head.
+        """What the backbone outputs, float32 [B, K]: one number, or the logits of the head."""
+        return self.backbone(self.normalised(images)).float()
+
+    def normalised(self, images: torch.Tensor) -> torch.Tensor:
+        """Images [B, 3, h, w] in 0-1 as the backbone wants them.
 
         Raises TypeError for integer pixels: 0-255 into pretrained weights is a silent mistake.
         """
         if not images.is_floating_point():
             raise TypeError(f"images are {images.dtype}: give floats in 0-1 (utils.augment.resize)")
-        return self.backbone(self.normalised(images)).float()
-
-    def normalised(self, images: torch.Tensor) -> torch.Tensor:
-        """Images [B, 3, h, w] in 0-1 as the backbone wants them."""
         return (images - self.mean) / self.std
 
     def ages(self, outputs: torch.Tensor) -> torch.Tensor:
@@ -207,16 +201,9 @@ class AgeRegressor(nn.Module):
         variance = outputs.softmax(1) @ self.years**2 - ages**2
         return torch.stack([ages, variance.clamp(min=0).sqrt()], 1)
 
-    def set_last(self, layer: nn.Module) -> None:
-        """Put another layer in place of the backbone's last one (an identity: features only)."""
-        self.backbone.set_submodule(self.last_layer, layer)
-
-
-# Losses: (model, outputs [B, K], ages [B]) to one value a face [B].
-
 
 def absolute(model: AgeRegressor, outputs: torch.Tensor, ages: torch.Tensor) -> torch.Tensor:
-    """Absolute error in years: L1."""
+    """Absolute error of each face in years [B]: L1."""
     return F.l1_loss(model.ages(outputs), ages, reduction="none")
 
 
@@ -264,10 +251,8 @@ def build_model(
         try:
             state = weights.get_state_dict(check_hash=True)
         except OSError as error:
-            raise ConnectionError(
-                f"the weights of {name} could not be downloaded ({error}): set "
-                "AGE_BACKBONE_WEIGHTS to a state dict of it, or train with pretrained=False"
-            ) from error
+            advice = "set AGE_BACKBONE_WEIGHTS to a state dict of it, or pretrained=False"
+            raise ConnectionError(f"no weights of {name} ({error}): {advice}") from error
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.seed)
         model = AgeRegressor(name, settings.image_size, *norm, age_mean, age_scale, settings.head)
@@ -281,9 +266,6 @@ def build_model(
         origin = "face start (VGGFace2, IMDB-WIKI)"
     model.origin = origin
     return model.train()
-
-
-# The weights file
 
 
 def save_weights(model: AgeRegressor, path: Path, **facts: object) -> None:

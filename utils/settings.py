@@ -25,37 +25,33 @@ class Settings:
     runs: Path  # training runs: history, checkpoints, weights
     figures: Path  # figures and results.json
     publish: bool  # True while `make publish` runs: no single face of UTKFace is shown
-    image_size: int  # side of the network's input
-    backbone: str  # "face_mobilenet", "small" or a name in torchvision.models
-    pretrained: bool  # start from weights learnt on faces or on ImageNet
-    epochs: int
-    batch_size: int
-    learning_rate: float  # highest rate of the one-cycle schedule
-    weight_decay: float
-    head: str  # "distribution", "regression", ...: see utils.model
+    image_size: int = 128  # side of the network's input
+    backbone: str = "face_mobilenet"  # or "small", or a name in torchvision.models
+    pretrained: bool = True  # start from weights learnt on faces or on ImageNet
+    epochs: int = 8
+    batch_size: int = 64
+    learning_rate: float = 5e-4  # highest rate of the one-cycle schedule
+    weight_decay: float = 0.02
+    head: str = "distribution"  # or "regression": see utils.model
     seed: int = 0
 
 
 def get_settings(faces: str | None = None) -> Settings:
-    """Settings for `faces`, else for the environment variable AGE_FACES, else for what is there.
+    """Settings for `faces`, else for the variable AGE_FACES: "sample", "utkface", or a folder of your
+    own images. Unset: UTKFace where `data/UTKFace` exists or UTKFACE_ARCHIVE names an archive, else
+    the sample. AGE_DATA moves the data folder, `data/`.
 
-    Each is "sample", "utkface" or a folder of your own images with a labels.csv. Unset, the course
-    runs on UTKFace where `data/UTKFace` exists or UTKFACE_ARCHIVE names an archive, and on the
-    drawn sample otherwise. AGE_DATA moves the data folder (default `data/`).
-
-    Raises ValueError where AGE_FACES is none of the three, or a published run is not UTKFace's.
+    Raises ValueError where it is none of the three, or a published run is of your own faces.
     """
     data = Path(os.environ.get("AGE_DATA") or ROOT / "data").expanduser().resolve()
-    publish = os.environ.get("AGE_PUBLISH") == "1"
-    faces = faces or os.environ.get("AGE_FACES", "").strip()
+    faces = (faces or os.environ.get("AGE_FACES", "")).strip()
     if not faces:
         there = (data / "UTKFace").is_dir() or os.environ.get("UTKFACE_ARCHIVE")
         faces = "utkface" if there else "sample"
     folder, name = locate(faces).resolve(), faces.lower()
     if name in ("sample", "utkface"):
         folder, faces = data / ("sample" if name == "sample" else "UTKFace"), name
-    elif folder.is_dir():
-        # Two folders of one name must not share a cache: it keeps the newest set only.
+    elif folder.is_dir():  # two folders of one name must not share a cache
         name = f"{folder.name}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:6]}"
         faces = "own"
     else:
@@ -63,18 +59,15 @@ def get_settings(faces: str | None = None) -> Settings:
             f"AGE_FACES is {faces!r}: set it to 'sample' or 'utkface', to a folder of images with "
             "a labels.csv (README, 'Your own faces'), or unset it"
         )
+    publish = os.environ.get("AGE_PUBLISH") == "1"
     if publish and faces == "own":
         raise ValueError("AGE_PUBLISH=1 writes the course's own results: not with your own faces")
-    settings = Settings(
-        faces=faces, folder=folder, cache=data / "cache" / name, runs=data / "runs" / name,
-        figures=ROOT / "figures" if publish else ROOT / "build" / "figures", publish=publish,
-        image_size=128, backbone="face_mobilenet", pretrained=True, epochs=8, batch_size=64,
-        learning_rate=5e-4, weight_decay=0.02, head="distribution",
-    )  # fmt: skip
+    figures = ROOT / "figures" if publish else ROOT / "build" / "figures"
+    paths = folder, data / "cache" / name, data / "runs" / name, figures
     if faces == "sample":
-        return replace(settings, image_size=64, backbone="small", pretrained=False,
-                       learning_rate=5e-3, weight_decay=0.01)  # fmt: skip
-    return settings
+        drawn = dict(image_size=48, backbone="small", pretrained=False, learning_rate=3e-3)
+        return Settings(faces, *paths, publish, **drawn)
+    return Settings(faces, *paths, publish)
 
 
 def comparison_settings(settings: Settings) -> Settings:
@@ -88,10 +81,8 @@ def banner(settings: Settings) -> str:
     if settings.faces == "utkface":
         return "This run uses UTKFace, as the text does."
     whose = "your own faces" if settings.faces == "own" else "the drawn sample"
-    return (
-        f"This run uses {whose}. The numbers quoted in the text are UTKFace's: "
-        "compare them\nwith the published outputs, not with the ones below."
-    )
+    text = f"This run uses {whose}. The numbers quoted in the text are UTKFace's: "
+    return text + "compare them\nwith the published outputs, not with the ones below."
 
 
 def locate(name: str) -> Path:
@@ -101,10 +92,8 @@ def locate(name: str) -> Path:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary sibling, then rename: `path` is never half a file.
-
-    Raises OSError where the disk is full or may not be written; what was there before stays.
-    """
+    """Let `write` fill a temporary sibling, then rename: `path` is never half a file, and what was
+    there before stays. Raises OSError where the disk is full or may not be written."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         write(temporary)
@@ -114,7 +103,5 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError to torch.save
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise OSError(
-            f"{path} cannot be written ({error}): free some space, or set AGE_DATA to a folder you "
-            "may write to, then run again. What was there before is still there"
-        ) from error
+        advice = "free some space, or set AGE_DATA to a folder you may write to, then run again"
+        raise OSError(f"{path} cannot be written ({error}): {advice}") from error

@@ -31,7 +31,8 @@ from utils.settings import CHECKPOINT, Settings, get_settings, locate, write_ato
 
 EXAMPLES = 512  # training faces that set the batch normalisation of the face start
 GROUP_RATE = 0.001  # how fast the shares of groups follow their losses
-CHECK_EVERY = 20  # steps between looks at the loss: each look makes a GPU wait
+NOT_FINITE = """the loss is {} in epoch {}, step {}: try a tenth of the learning rate in a new run
+folder, or look for broken labels"""
 COLUMNS = ["epoch", "train_mae", "valid_mae", "learning_rate", "seconds", "images_per_second"]
 
 
@@ -83,35 +84,37 @@ def train(
             _say(f"{run.name}: trained earlier, valid MAE {facts['valid_mae']:.2f} years; loaded")
             return model
 
-        _keep_memory()
+        with suppress(OSError, AttributeError):  # glibc keeps freed memory, which the system would
+            for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # clear at every step:
+                ctypes.CDLL("libc.so.6").mallopt(option, value)  # a fifth faster on a CPU
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         if world > 1 and not distributed.is_initialized():
             distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         ages = torch.from_numpy(faces.table["age"].to_numpy(np.float32))
-        given = (None if array is None else torch.tensor(array) for array in arrays.values())
-        sampling, weights, groups = given
+        sampling, weights, groups = (a if a is None else torch.tensor(a) for a in arrays.values())
         size = min(settings.batch_size, len(train_rows)) // world
         steps = len(train_rows) // (size * world)
-        model = net or _new_model(faces, settings, train_rows)
+        some = np.random.default_rng(settings.seed).choice(
+            train_rows, min(EXAMPLES, len(train_rows))
+        )
+        examples = resize(_gather(faces.pixels, some), settings.image_size)
+        spread = float(ages[train_rows].std(correction=0)) or 1.0
+        model = net or build_model(settings, float(ages[train_rows].mean()), spread, examples)
         model.to(device, memory_format=torch.channels_last)
         backbone = DistributedDataParallel(model.backbone) if world > 1 else model.backbone
         loss = loss or (lambda outputs, labels, rows: LOSSES[model.head](model, outputs, labels))
-        optimizer = torch.optim.AdamW(
-            model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay
-        )
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, settings.learning_rate, total_steps=steps * settings.epochs
-        )
-        average = AveragedModel(
-            model, multi_avg_fn=_average(schedule.total_steps), use_buffers=True
-        )
+        rate, decay, total = settings.learning_rate, settings.weight_decay, steps * settings.epochs
+        optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=decay)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total)
+        average = AveragedModel(model, multi_avg_fn=_average(total), use_buffers=True)
         precision = _precision(model, device)
         scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
         shares = None if groups is None else torch.ones(int(groups.max()) + 1, device=device)
-        parts = {"model": model, "average": average, "optimizer": optimizer, "schedule": schedule,
-                 "scaler": scaler}  # fmt: skip
+        parts = dict(
+            model=model, average=average, optimizer=optimizer, schedule=schedule, scaler=scaler
+        )
         log = []
         if checkpoint.is_file():
             kept = torch.load(checkpoint, map_location=device, weights_only=True)
@@ -122,17 +125,18 @@ def train(
 
         for epoch in range(len(log), settings.epochs):
             # Order, views and dropout follow from (seed, epoch): a resumed run is the same.
-            start, error, recent = time.perf_counter(), torch.zeros((), device=device), []
+            start, error = time.perf_counter(), torch.zeros((), device=device)
             key = np.random.SeedSequence((settings.seed, epoch, rank))
             views, dropout = key.generate_state(2).tolist()
             generator = torch.Generator().manual_seed(views)
             torch.manual_seed(dropout)
-            order = torch.Generator().manual_seed(settings.seed + epoch)
+            order, count = torch.Generator().manual_seed(settings.seed + epoch), len(train_rows)
             if sampling is None:
-                places = torch.randperm(len(train_rows), generator=order)
+                places = torch.randperm(count, generator=order)
             else:
-                share = sampling[train_rows].double()
-                places = torch.multinomial(share, len(train_rows), True, generator=order)
+                places = torch.multinomial(
+                    sampling[train_rows].double(), count, True, generator=order
+                )
             rows_of_epoch = train_rows[places[rank : steps * size * world : world]]
             bar = tqdm(batches(faces.pixels, rows_of_epoch, size), f"epoch {epoch + 1}", steps,
                        leave=False, disable=not progress or rank > 0)  # fmt: skip
@@ -148,6 +152,8 @@ def train(
                 mean = losses.mean()
                 if groups is not None:
                     mean, shares = _worst_groups(losses, groups[rows].to(device), shares)
+                if not mean.isfinite():
+                    raise FloatingPointError(NOT_FINITE.format(mean, epoch + 1, step))
                 optimizer.zero_grad()
                 scaler.scale(mean).backward()
                 scaler.step(optimizer)
@@ -155,16 +161,6 @@ def train(
                 schedule.step()
                 average.update_parameters(model)
                 error += (model.ages(outputs.detach()) - labels).abs().sum()
-                recent.append(mean.detach())
-                if step % CHECK_EVERY == 0 or step == steps:
-                    finite = torch.stack(recent).isfinite().tolist()
-                    if not all(finite):
-                        bad = step - len(finite) + 1 + finite.index(False)
-                        raise FloatingPointError(
-                            f"the loss is not finite in epoch {epoch + 1}, step {bad}: try a tenth "
-                            "of the learning rate in a new run folder, or look for broken labels"
-                        )
-                    recent.clear()
             train_mae, trained = error.item() / (steps * size), time.perf_counter() - start
             if rank > 0:
                 continue
@@ -213,26 +209,19 @@ def _gather(pixels: np.ndarray, rows: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.asarray(pixels[rows])).permute(0, 3, 1, 2)
 
 
-def _new_model(faces: Faces, settings: Settings, rows: np.ndarray) -> AgeRegressor:
-    ages = faces.table["age"].to_numpy(np.float32)[rows]
-    some = np.random.default_rng(settings.seed).choice(rows, min(EXAMPLES, len(rows)), False)
-    examples = resize(_gather(faces.pixels, np.sort(some)), settings.image_size)
-    return build_model(settings, float(ages.mean()), float(ages.std()) or 1.0, examples)
-
-
 def _average(steps: int) -> Callable:
     """Exponential moving average over about a tenth of all `steps`, shorter at the start."""
     longest = 1 - 1 / max(1.0, steps / 10)
 
-    @torch.no_grad()
     def update(averages: list, currents: list, count: torch.Tensor) -> None:
-        if averages[0].is_floating_point():
-            decay = min(longest, (1 + int(count)) / (10 + int(count)))
-            torch._foreach_lerp_(averages, currents, 1 - decay)
-        else:
-            torch._foreach_copy_(averages, currents)  # batch norm's step counter
+        decay = min(longest, (1 + int(count)) / (10 + int(count)))
+        for mean, now in zip(averages, currents, strict=True):
+            if mean.is_floating_point():
+                mean.lerp_(now, 1 - decay)
+            else:
+                mean.copy_(now)  # batch norm's step counter
 
-    return update
+    return torch.no_grad()(update)
 
 
 def _worst_groups(losses: torch.Tensor, groups: torch.Tensor, shares: torch.Tensor) -> tuple:
@@ -248,11 +237,10 @@ def _precision(model: AgeRegressor, device: torch.device) -> torch.dtype:
     """bfloat16 or float16 where the processor is made for it and the network gains from it."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
-    can = torch.cpu.get_capabilities()
-    fast = can.get("avx512_bf16") or can.get("amx_bf16")
+    can, groups = torch.cpu.get_capabilities(), (getattr(m, "groups", 1) for m in model.modules())
     # Depthwise convolutions wait for memory: on a CPU bfloat16 slows most such networks down.
-    dense = all(getattr(layer, "groups", 1) == 1 for layer in model.modules())
-    gains = dense or model.backbone_name == "face_mobilenet"
+    gains = model.backbone_name == "face_mobilenet" or max(groups) == 1
+    fast = can.get("avx512_bf16") or can.get("amx_bf16")
     return torch.bfloat16 if fast and gains else torch.float32
 
 
@@ -260,16 +248,15 @@ def _configuration(faces, settings, fold, net, loss, strengths, arrays) -> dict:
     """All that decides the weights, short enough to compare and to read."""
     names = "backbone head image_size epochs batch_size learning_rate weight_decay seed pretrained"
     rows = faces.table[["file", "age", "split", "sha256"]].to_csv(index=False)
-    contents = {
-        key: np.asarray(array).tobytes() for key, array in arrays.items() if array is not None
+    contents = {"faces": rows.encode()} | {
+        k: a.tobytes() for k, a in arrays.items() if a is not None
     }
-    contents["faces"] = rows.encode()
-    file = os.environ.get("AGE_BACKBONE_WEIGHTS", "")
+    file = locate(os.environ.get("AGE_BACKBONE_WEIGHTS") or "none")
     if net is not None:
         tensors = (value.cpu().numpy().tobytes() for value in net.state_dict().values())
         contents["net"] = repr(net).encode() + b"".join(tensors)
-    elif settings.pretrained and file and locate(file).is_file():
-        contents["start"] = locate(file).read_bytes()
+    elif settings.pretrained and file.is_file():
+        contents["start"] = file.read_bytes()
     if loss is not None:
         contents["loss"] = inspect.getsource(loss).encode()
     digests = {key: hashlib.sha256(value).hexdigest()[:12] for key, value in contents.items()}
@@ -281,48 +268,36 @@ def _configuration(faces, settings, fold, net, loss, strengths, arrays) -> dict:
 def _claimed(run: Path, configuration: dict, world: int) -> Iterator[None]:
     """The run's folder, for one training of this configuration at a time. Another notebook that
     trains it is waited for; processes of one training share it."""
-    path, text = run / "configuration.json", json.dumps(configuration)
+    path, now = run / "configuration.json", json.dumps(configuration)
     lock, random_state = FileLock(run.with_name(f".{run.name}.lock")), torch.get_rng_state()
     try:
         run.mkdir(parents=True, exist_ok=True)
         if world == 1:
-            lock.acquire(timeout=1)
+            with suppress(Timeout):
+                lock.acquire(timeout=1)
+            if not lock.is_locked:
+                _say(f"{run.name}: another process is training it; waiting for its end ...")
+                lock.acquire()
         if not path.is_file():
-            write_atomically(path, lambda file: file.write_text(text))
-    except Timeout:
-        _say(f"{run.name}: another process is training it; waiting for its end ...")
-        lock.acquire()
-    except OSError as error:
-        raise OSError(
-            f"{run} cannot be written ({error}): set AGE_DATA to another folder"
-        ) from error
+            write_atomically(path, lambda file: file.write_text(now))
+    except PermissionError as error:
+        raise OSError(f"{run} cannot be written: set AGE_DATA to another folder") from error
     try:
-        there, now = json.loads(path.read_text()), json.loads(text)
-        differ = [f"{key} {there.get(key)} there, {now.get(key)} now" for key in there | now
-                  if there.get(key) != now.get(key)]  # fmt: skip
-        if differ:
+        there, now = json.loads(path.read_text()), json.loads(now)
+        keys = [key for key in there | now if there.get(key) != now.get(key)]
+        if keys:
+            differ = "; ".join(f"{key} {there.get(key)} there, {now.get(key)} now" for key in keys)
             raise ValueError(
-                f"{run} holds a run of another configuration ({'; '.join(differ)}): delete that "
-                "folder, train into another one, or go back to its settings"
+                f"{run} holds a run of another configuration ({differ}): delete that folder, train "
+                "into another one, or go back to its settings"
             )
         yield
     except torch.cuda.OutOfMemoryError as error:
-        size = configuration["batch_size"] // 2
-        raise torch.cuda.OutOfMemoryError(
-            f"{error}. Try batch_size={size} in a new run folder, or close what else uses the GPU"
-        ) from None
+        advice = f"try batch_size={now['batch_size'] // 2} in a new run folder"
+        raise torch.cuda.OutOfMemoryError(f"{error}. On this GPU, {advice}") from None
     finally:
         torch.set_rng_state(random_state)
         lock.release()
-
-
-def _keep_memory() -> None:
-    """Let glibc keep freed memory, which the system would have to clear anew at every step: a fifth
-    faster on a CPU. Elsewhere this does nothing (mallopt(3))."""
-    with suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):
-            mallopt(option, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
 
 
 def _say(text: str) -> None:
@@ -387,9 +362,8 @@ def main() -> None:
     parser.add_argument("--fold", type=int, choices=range(FOLDS), help="the fold to hold out")
     parser.add_argument("--no-bar", action="store_true", help="a line an epoch instead of a bar")
     given, settings = parser.parse_args(), get_settings()
-    run = settings.runs / given.name
-    train(load_faces(settings), settings, run, fold=given.fold, progress=not given.no_bar)
-    _say(f"weights: {run / 'model.safetensors'}")
+    run, faces = settings.runs / given.name, load_faces(settings)
+    train(faces, settings, run, fold=given.fold, progress=not given.no_bar)
 
 
 if __name__ == "__main__":
