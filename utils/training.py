@@ -280,8 +280,8 @@ def _claimed(run: Path, configuration: dict, world: int) -> Iterator[None]:
                 lock.acquire()
         if not path.is_file():
             write_atomically(path, lambda file: file.write_text(now))
-    except PermissionError as error:
-        raise OSError(f"{run} cannot be written: set AGE_DATA to another folder") from error
+    except OSError as error:
+        raise OSError(f"{run} cannot be made ({error}): set AGE_DATA to another folder") from error
     try:
         there, now = json.loads(path.read_text()), json.loads(now)
         keys = [key for key in there | now if there.get(key) != now.get(key)]

@@ -10,6 +10,7 @@ where AGE_PUBLISH=1.
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils import evaluation
 from utils.settings import get_settings
-from utils.sources import load_faces
+from utils.faces import load_faces
 from utils.training import predict, train
 
 YOUNGEST, OLDEST = 21, 60
@@ -64,13 +65,9 @@ def main() -> None:
     faces = load_faces(settings)
     table = coral_table(faces.table, given.train_file, given.test_file)
     print(table["split"].value_counts().drop("").to_string())
-    model = train(
-        faces._replace(table=table),
-        settings,
-        settings.runs / "coral_split",
-        epochs=given.epochs,
-        progress=False,
-    )
+    settings = replace(settings, epochs=given.epochs or settings.epochs)
+    run = settings.runs / "coral_split"
+    model = train(faces._replace(table=table), settings, run, progress=False)
     test = table[table["split"] == "test"].copy()
     ages = predict(model, faces.pixels, test.index, flip=True)
     test["predicted"] = np.clip(ages, YOUNGEST, OLDEST)
