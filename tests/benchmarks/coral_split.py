@@ -19,8 +19,8 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils import evaluation
-from utils.settings import get_settings
 from utils.faces import load_faces
+from utils.settings import get_settings
 from utils.training import predict, train
 
 YOUNGEST, OLDEST = 21, 60
