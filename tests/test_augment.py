@@ -1,80 +1,63 @@
-"""Augmentation: what is drawn, what is kept, and that zero strength changes nothing."""
+"""Random views: what is drawn and what is kept. Corruptions: each does what its severity says."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from utils.augment import OCCLUSION, QUALITY, STANDARD, augment, resize
+from utils import augment as module
+from utils.augment import QUALITY, SEVERITIES, augment, corrupt, resize
 
-ALL = STANDARD | OCCLUSION
+ALL = module.STANDARD | module.OCCLUSION
 
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.fixture
-def pixels() -> torch.Tensor:
-    """Sixteen smooth images, uint8 [16, 3, 48, 48], neither black nor white anywhere."""
-    coarse = torch.rand(16, 3, 4, 4, generator=generator())
-    smooth = F.interpolate(coarse, size=(48, 48), mode="bicubic", antialias=True)
-    return (255 * smooth.clamp(0.1, 0.9)).to(torch.uint8)
+def images(count: int, size: int) -> torch.Tensor:
+    """Coarse and fine detail, neither black nor white anywhere: uint8 [count, 3, size, size]."""
+    coarse = torch.rand(count, 3, 4, 4, generator=generator())
+    smooth = F.interpolate(coarse, (size, size), mode="bicubic", antialias=True).clamp(0.1, 0.9)
+    fine = torch.rand(count, 3, size, size, generator=generator(1))
+    return (255 * (0.8 * smooth + 0.2 * fine)).to(torch.uint8)
 
 
-def test_shape_type_range_and_layout(pixels):
-    for images in (augment(pixels, 32, generator(), **ALL), resize(pixels, 32)):
-        assert images.shape == (16, 3, 32, 32)
-        assert images.dtype == torch.float32
-        assert 0 <= images.min() < images.max() <= 1
-        assert images.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_uint8_and_float_pixels_are_the_same(pixels):
-    unit = pixels.float() / 255
+def test_the_same_state_gives_the_same_batch_for_bytes_and_floats_in_any_layout():
+    pixels = images(16, 48)
     views = augment(pixels, 32, generator(), **ALL)
-    assert torch.equal(views, augment(unit, 32, generator(), **ALL))
-    assert torch.equal(resize(pixels, 32), resize(unit, 32))
+    assert views.shape == (16, 3, 32, 32) and views.dtype == torch.float32
+    assert 0 <= views.min() < views.max() <= 1
+    assert views.is_contiguous(memory_format=torch.channels_last)
     by_rows = pixels.contiguous(memory_format=torch.channels_last)
-    assert torch.equal(augment(by_rows, 32, generator(), **ALL), views)
-    assert torch.equal(unit, pixels.float() / 255), "the caller's pixels were changed"
-
-
-def test_the_generator_decides_and_images_differ(pixels):
-    same = pixels[:1].expand(16, -1, -1, -1)
-    views = augment(same, 48, generator(), **ALL)
-    assert torch.equal(views, augment(same, 48, generator(), **ALL))
-    assert not torch.equal(views, augment(same, 48, generator(1), **ALL))
+    for same in (pixels, pixels / 255, by_rows):
+        assert torch.equal(augment(same, 32, generator(), **ALL), views)
+        assert torch.equal(resize(same, 32), resize(pixels, 32))
+    assert torch.equal(pixels, images(16, 48)), "the caller's pixels were changed"
+    assert not torch.equal(augment(pixels, 32, generator(1), **ALL), views)
+    assert views.mean().item() == pytest.approx(0.46428, abs=1e-4), "not the published views"
+    assert views[3].std().item() == pytest.approx(0.29172, abs=1e-4)
+    views = augment(pixels[:1].expand(16, -1, -1, -1), 48, generator(), **ALL)
     assert all(not torch.allclose(views[0], views[i]) for i in range(1, 16)), "each its own view"
 
 
-def test_zero_strength_is_the_identity(pixels):
-    views = augment(pixels, 48, generator())
-    assert (views - pixels / 255).abs().max() < 1e-5
+def test_zero_strength_only_resizes():
+    pixels = images(16, 48)
+    assert (augment(pixels, 48, generator()) - pixels / 255).abs().max() < 1e-5
     assert torch.equal(resize(pixels, 48), pixels / 255)
-
-
-@pytest.mark.parametrize("size", [36, 24, 12, 8])
-def test_zero_strength_resizes_as_evaluation_does(pixels, size):
-    views, plain = augment(pixels, size, generator()), resize(pixels, size)
-    assert (views - plain).abs().mean() < 0.015
-
-
-def test_far_smaller_images_are_averaged_not_sampled():
+    for size in (36, 24, 12, 8):
+        assert (augment(pixels, size, generator()) - resize(pixels, size)).abs().mean() < 0.02
     stripes = torch.zeros(1, 3, 64, 64)
     stripes[..., ::4] = 1  # a quarter of the columns
-    views = augment(stripes, 8, generator())
-    assert (views - 0.25).abs().max() < 0.13, "aliasing: some columns were skipped"
-
-
-def test_flip_flips(pixels):
-    views = augment(pixels, 48, generator(), flip=1)
-    assert (views - pixels.flip(3) / 255).abs().max() < 1e-5
-    half = augment(pixels[:1].expand(400, -1, -1, -1), 48, generator(), flip=0.5)
-    flipped = ((half - pixels[:1].flip(3) / 255).abs().amax((1, 2, 3)) < 1e-5).sum()
-    assert 150 < flipped < 250
+    assert (augment(stripes, 8, generator()) - 0.25).abs().max() < 0.13, "columns were skipped"
+    with pytest.raises(TypeError, match="blurr"):
+        augment(pixels, 48, generator(), blurr=1)
 
 
 def test_geometry_moves_as_far_as_asked_and_no_farther():
+    pixels = images(1, 48)
+    half = augment(pixels.expand(400, -1, -1, -1), 48, generator(), flip=0.5)
+    flipped = ((half - pixels.flip(3) / 255).abs().amax((1, 2, 3)) < 1e-5).sum()
+    assert 150 < flipped < 250
     dot = torch.zeros(200, 3, 101, 101)
     dot[:, :, 49:52, 79:82] = 1  # 30 px right of the centre
     place = torch.arange(101.0) - 50
@@ -89,81 +72,39 @@ def test_geometry_moves_as_far_as_asked_and_no_farther():
     x, y = centre(rotate=20)
     angle = torch.rad2deg(torch.atan2(y, x))
     assert 18 < angle.max() < 20.5 and -20.5 < angle.min() < -18
-    assert torch.allclose(x.hypot(y), torch.tensor(30.0), atol=0.5), "rotation keeps distances"
     x, y = centre(scale=0.25)
     assert 35 < x.max() < 38 and 23.5 < x.min() < 26 and y.abs().max() < 0.3
 
 
-def grey_of(images: torch.Tensor) -> torch.Tensor:
-    return (images * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1)
-
-
 def test_light_stays_within_its_strength_and_reaches_it():
     flat = torch.full((2000, 3, 4, 4), 0.3)
-    gain = augment(flat, 4, generator(), brightness=1.0)[:, 0, 0, 0] / 0.3
+    gain = augment(flat, 4, generator(), brightness=1)[:, 0, 0, 0] / 0.3
     assert 0.5 <= gain.min() < 0.51 and 1.96 < gain.max() <= 2.0
     assert (gain == 1).float().mean() == pytest.approx(0.5, abs=0.04), "half keep their light"
     assert ((gain - 1).abs() < 0.2).float().mean() > 0.7, "mild changes are the frequent ones"
     for strength in ({"contrast": 0.9}, {"saturation": 0.9}):  # a grey image stays as it is
         assert (augment(flat, 4, generator(), **strength) - 0.3).abs().max() < 1e-5
-    tinted = augment(flat, 4, generator(), cast=0.5)[:, :, 0, 0] / 0.3
-    assert 1.45 < tinted[:, 0].max() <= 1.5 and 0.5 <= tinted[:, 2].min() < 0.55
-    assert torch.allclose(tinted[:, 0] + tinted[:, 2], torch.tensor(2.0), atol=1e-4)
-    assert torch.allclose(tinted[:, 1], torch.tensor(1.0))
-    power = augment(flat, 4, generator(), gamma=1.0)[:, 0, 0, 0].log() / torch.tensor(0.3).log()
+    red, green, blue = (augment(flat, 4, generator(), cast=0.5)[:, :, 0, 0] / 0.3).unbind(1)
+    assert 1.45 < red.max() <= 1.5 and 0.5 <= blue.min() < 0.55
+    assert torch.allclose(red + blue, 2 * green) and torch.allclose(green, torch.tensor(1.0))
+    power = augment(flat, 4, generator(), gamma=1)[:, 0, 0, 0].log() / torch.tensor(0.3).log()
     assert 0.499 < power.min() < 0.52 and 1.9 < power.max() < 2.001
-    assert ((power - 1).abs() < 1e-4).float().mean() == pytest.approx(0.75, abs=0.04)
-
-
-def test_contrast_and_saturation_turn_about_the_grey(pixels):
-    one = pixels[:1].expand(200, -1, -1, -1) / 255 * 0.3 + 0.3
-    softer = augment(one, 48, generator(), saturation=0.3)
-    assert (grey_of(softer) - grey_of(one)).abs().max() < 1e-5, "brightness moved"
-    assert (softer.std(1) - one.std(1)).abs().max() > 0.01
-    harder = augment(one, 48, generator(), contrast=0.5)
-    assert (grey_of(harder).mean((1, 2)) - grey_of(one).mean()).abs().max() < 1e-4
-    ratio = harder.flatten(1).std(1) / one[0].std()
-    assert 0.66 < ratio.min() < 0.75 and 1.4 < ratio.max() < 1.51
-
-
-def test_a_shadow_falls_from_one_side():
-    flat = torch.full((400, 3, 16, 16), 0.8)
-    views = augment(flat, 16, generator(), shadow=0.8)[:, 0]
-    shaded = (views - 0.8).abs().amax((1, 2)) > 1e-4
-    assert shaded.float().mean() == pytest.approx(0.25, abs=0.07)
-    views = views[shaded]
-    assert views.amax((1, 2)).min() > 0.79, "one corner or side keeps its light"
-    assert 0.15 < views.amin((1, 2)).min() < 0.25
-    bend = (views[:, :, 2:] - 2 * views[:, :, 1:-1] + views[:, :, :-2]).abs().max()
-    assert bend < 1e-5, "linear across"
+    shaded = augment(flat[..., :1, :1].expand(-1, -1, 16, 16), 16, generator(), shadow=0.8)[:, 0]
+    shaded = shaded[(shaded - 0.3).abs().amax((1, 2)) > 1e-4] / 0.3
+    assert 0.2 < len(shaded) / 2000 < 0.3 and shaded.amax((1, 2)).min() > 0.98
+    assert 0.2 <= shaded.amin((1, 2)).min() < 0.25, "one side keeps its light, the other loses it"
 
 
 @pytest.mark.parametrize("name", QUALITY)
-def test_a_camera_fault_spoils_its_share_and_no_other_image(name):
+def test_a_camera_fault_changes_its_share_and_no_other_image(name):
     sharp = (torch.rand(400, 3, 48, 48, generator=generator()) > 0.5).float() * 0.5 + 0.25
     views = augment(sharp, 48, generator(), **{name: QUALITY[name]})
     change = (views - sharp).abs().mean((1, 2, 3))
     assert (change > 1e-4).float().mean() == pytest.approx(0.1, abs=0.05)
     assert (views.mean((1, 2, 3)) - 0.5).abs().max() < 0.06, "a fault keeps the brightness"
     spread = views.std((1, 2, 3))[change > 0.01]
-    if name == "noise":
-        assert spread.max() > sharp.std()
-    else:
-        assert spread.min() < 0.7 * sharp.std(), "detail is lost"
-
-
-def test_blur_follows_the_image_size():
-    line = torch.zeros(800, 3, 96, 96)
-    line[..., 48] = 1
-    place = torch.arange(96.0)
-
-    def widest(size):
-        views = augment(line, size, generator(), blur=0.04)[:, 0].mean(1)
-        mean = (views @ place[:size]) / views.sum(1)
-        return ((views * (place[:size] - mean[:, None]) ** 2).sum(1) / views.sum(1)).sqrt().max()
-
-    assert widest(96) == pytest.approx(0.04 * 96, rel=0.1)
-    assert widest(48) == pytest.approx(0.04 * 48, rel=0.1)
+    detail = spread.max() > sharp.std() if name == "noise" else spread.min() < 0.7 * sharp.std()
+    assert detail, "noise adds detail, the others lose it"
 
 
 def test_an_erased_square_is_whole_and_grey():
@@ -171,9 +112,48 @@ def test_an_erased_square_is_whole_and_grey():
     views = augment(flat, 40, generator(), erase=0.5)
     erased = (views - 0.123).abs().amax(1) > 1e-3
     areas = erased.sum((1, 2))
-    assert (areas > 0).float().mean() == pytest.approx(0.25, abs=0.05)
-    assert 15**2 < areas.max() <= 21**2
+    assert (areas > 0).float().mean() == pytest.approx(0.25, abs=0.05) and areas.max() > 15**2
     for view, mask in zip(views[areas > 0], erased[areas > 0], strict=True):
         rows, columns = mask.any(1).sum(), mask.any(0).sum()
-        assert mask.sum() == rows * columns and abs(rows - columns) <= 1
+        assert mask.sum() == rows * columns and abs(rows - columns) <= 1 and rows <= 21
         assert view[:, mask].std() < 1e-5
+
+
+@pytest.mark.parametrize("name", SEVERITIES)
+def test_each_severity_is_worse_than_the_one_before_and_the_generator_decides(name):
+    chips = images(8, 128)
+    worse = [corrupt(chips, name, severity, generator()) for severity in range(1, 6)]
+    assert all(w.shape == chips.shape and 0 <= w.min() and w.max() <= 1 for w in worse)
+    change = torch.stack([(w - chips / 255).abs().mean() for w in worse])
+    assert change[0] > 0 and (change.diff() > 0).all()
+    assert torch.equal(corrupt(chips / 255, name, 3, generator()), worse[2])
+    drawn = name in ("colour cast", "side shadow", "noise", "occlusion")
+    assert torch.equal(corrupt(chips, name, 3, generator(1)), worse[2]) != drawn
+    mine = module.corruption(name, 3)
+    assert torch.equal(mine(chips), worse[2]) and torch.equal(mine(chips), worse[2]) != drawn
+
+
+def test_amounts_are_those_named():
+    flat = torch.full((64, 3, 128, 128), 0.4)
+    assert set(SEVERITIES) - set(module.CORRUPTIONS) == {"occlusion"}
+    for name, severity, value in (("dark", 4, 0.1), ("bright", 5, 0.92), ("low contrast", 3, 0.43)):
+        assert corrupt(flat, name, severity, generator()).unique().item() == pytest.approx(value)
+    cast = corrupt(flat, "colour cast", 5, generator())[:, :, 0, 0]
+    assert {round(float(red), 3) for red in cast[:, 0]} == {0.2, 0.6}
+    assert torch.allclose(cast[:, 0] + cast[:, 2], torch.tensor(0.8))
+    shadow = corrupt(flat, "side shadow", 4, generator())[:, 0, 0][:, [0, -1]]
+    assert {tuple(row) for row in shadow.mul(100).round().tolist()} == {(40, 8), (8, 40)}
+    grain = corrupt(flat, "noise", 2, generator()) - 0.4
+    assert grain.std().item() == pytest.approx(0.04, rel=0.02)
+    hidden = (corrupt(flat, "occlusion", 5, generator())[:, 0] == 0.5).float().mean((1, 2))
+    assert hidden.min() > 0.33 and hidden.max() < 0.38
+    dot = torch.zeros(1, 3, 128, 128)
+    dot[..., 64, 64] = 1
+    streak = corrupt(dot, "motion blur", 3, generator())[0, 0]
+    assert (streak > 0).sum() == (streak[64] > 0).sum() == 9
+    spot = corrupt(dot, "Gaussian blur", 3, generator())[0, 0]
+    spread = (spot.sum(0) @ (torch.arange(128.0) - 64) ** 2 / spot.sum()).sqrt()
+    assert spread.item() == pytest.approx(2, rel=0.05)
+    for name, severity in (("fog", 1), ("dark", 0), ("dark", 6)):
+        with pytest.raises(ValueError, match="severities 1-5"):
+            corrupt(flat, name, severity, generator())

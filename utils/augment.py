@@ -1,20 +1,14 @@
-"""Batched augmentation on the device: geometry in one resampling, colour in one matrix, and
-camera faults on a share of each batch."""
-
-from __future__ import annotations
+"""Random views of faces for training, and the fixed corruptions that measure robustness."""
 
 import math
+from collections import namedtuple
+from functools import partial
 
 import cv2
-import numpy as np
 import torch
 import torch.nn.functional as F
-
-LUMA = (0.299, 0.587, 0.114)  # weights of R, G, B in grey (ITU-R BT.601)
-SPOILT = 0.5  # share of images whose light and quality change; the others keep theirs
-FAULTS = 4  # of the camera: blur, resolution, jpeg, noise
-FAULTY, SHADOWED, BENT = 0.8, 0.5, 0.5  # of the spoilt: with a fault, a shadow, another gamma
-ERASED = 0.25  # share of images with an erased square
+from torch import Generator, Tensor
+from torchvision.transforms.v2.functional import gaussian_blur
 
 # Strengths by family; chapter 03 shows what each of them is worth.
 GEOMETRY = dict(flip=0.5, rotate=15.0, scale=0.15, shift=0.05)
@@ -23,176 +17,184 @@ QUALITY = dict(blur=0.03, resolution=0.8, jpeg=0.93, noise=0.15)
 OCCLUSION = dict(erase=0.5)
 STANDARD = GEOMETRY | LIGHT | QUALITY
 
+CORRUPTED, ERASED = 0.5, 0.25  # shares of images: with other light and quality, with a grey square
+FAULTY, SHADOWED, BENT = 0.8, 0.5, 0.5  # of the corrupted: with a fault, a shadow, another gamma
+Draws = namedtuple(  # random numbers in 0-1 for each image
+    "Draws",
+    "flip rotate scale shift_x shift_y brightness contrast saturation cast bent gamma shadowed "
+    "shadow_turn shadow_loss fault fault_size blur_axis corrupted erased side left top grey",
+)
+
+# Severities 1 to 5; do not change them, or published figures cannot be compared.
+SEVERITIES = {
+    "dark": (0.8, 0.6, 0.4, 0.25, 0.15),  # gain
+    "bright": (1.15, 1.3, 1.6, 1.9, 2.3),  # gain
+    "low contrast": (0.8, 0.6, 0.4, 0.25, 0.15),  # factor about 0.45
+    "colour cast": (0.1, 0.2, 0.3, 0.4, 0.5),  # red x (1 + c), blue x (1 - c), sign drawn
+    "side shadow": (0.7, 0.5, 0.35, 0.2, 0.1),  # gain at the dark side, side drawn
+    "Gaussian blur": (0.5, 1, 2, 3, 4),  # standard deviation, px
+    "motion blur": (3, 5, 9, 13, 17),  # length, px, horizontal
+    "noise": (0.02, 0.04, 0.08, 0.12, 0.18),  # standard deviation
+    "JPEG": (60, 40, 20, 12, 7),  # quality
+    "low resolution": (80, 64, 40, 28, 20),  # px, and up again
+    "occlusion": (0.2, 0.3, 0.4, 0.5, 0.6),  # side of a grey square, place drawn
+}
+CORRUPTIONS = [name for name in SEVERITIES if name != "occlusion"]  # of light and quality
+
 
 def augment(
-    pixels: torch.Tensor,
-    image_size: int,
-    generator: torch.Generator,
-    *,
-    flip: float = 0.0,
-    rotate: float = 0.0,
-    scale: float = 0.0,
-    shift: float = 0.0,
-    brightness: float = 0.0,
-    contrast: float = 0.0,
-    saturation: float = 0.0,
-    cast: float = 0.0,
-    gamma: float = 0.0,
-    shadow: float = 0.0,
-    blur: float = 0.0,
-    resolution: float = 0.0,
-    jpeg: float = 0.0,
-    noise: float = 0.0,
-    erase: float = 0.0,
-) -> torch.Tensor:
+    pixels: Tensor, image_size: int, generator: Generator, *, flip: float = 0, rotate: float = 0,
+    scale: float = 0, shift: float = 0, brightness: float = 0, contrast: float = 0,
+    saturation: float = 0, cast: float = 0, gamma: float = 0, shadow: float = 0, blur: float = 0,
+    resolution: float = 0, jpeg: float = 0, noise: float = 0, erase: float = 0,
+) -> Tensor:  # fmt: skip
     """Random view of each face: [B, 3, H, W] uint8 or float 0-1 to float 0-1 [B, 3, size, size].
 
-    Geometry: `flip` is a probability, `rotate` degrees, `shift` a fraction of the side; `scale`,
-    `brightness`, `contrast` and `gamma` bound a factor or exponent by 1 / (1 + s) and 1 + s.
-    Light: `saturation` bounds a factor by 1 - s and 1 + s, `cast` the gain of red against blue,
-    `shadow` the light lost at one side. Quality, at most one fault an image: `blur` bounds the
-    standard deviation as a fraction of the side (in one direction or in both), `resolution` the
-    share of the side's pixels lost, `jpeg` the loss of quality (0.9: down to 10 of 100), `noise`
-    the standard deviation. `erase` bounds the side of a grey square.
-
-    Each image draws its own parameters, from `generator` alone: the same state gives the same
-    batch. Light and quality change on the share SPOILT of the images, most of them mildly.
-    Strengths of zero only resize.
+    `flip` is a probability, `rotate` degrees, `shift` a fraction of the side; `scale`,
+    `brightness`, `contrast` and `gamma` bound a factor or exponent by 1 / (1 + s) and 1 + s,
+    `saturation` by 1 - s and 1 + s; `cast` bounds the gain of red against blue, `shadow` the light
+    lost at one side. At most one fault an image: `blur` bounds the standard deviation as a fraction
+    of the side, `resolution` the share of the side's pixels lost, `jpeg` the loss of quality (0.9:
+    down to 10 of 100), `noise` the standard deviation. `erase` bounds the side of a grey square.
+    Zeros only resize. Each image draws its own view, from `generator` alone; light and quality
+    change on the share CORRUPTED of the images, most of them mildly.
     """
-    pixels = _unit(pixels)
-    shrink = min(pixels.shape[2:]) // (2 * image_size)
-    if shrink > 1:  # bilinear sampling would skip pixels
-        pixels = F.avg_pool2d(pixels, shrink)
-    count, device = len(pixels), pixels.device
-    draws = torch.rand(count, 23, generator=generator, device=generator.device).to(device)
-    signed = (2 * draws - 1).view(count, 23, 1, 1)
-    spoilt = draws[:, 17] < SPOILT
-    some = signed * spoilt.view(count, 1, 1, 1)
-    rare = some * some.abs()  # strong values seldom
-
-    mirror = torch.where(draws[:, :1] < flip, -1.0, 1.0).view(count, 1, 1)
-    angle, zoom = math.radians(rotate) * signed[:, 1], (1 + scale) ** signed[:, 2]
+    pixels, device = _unit(pixels), pixels.device
+    if (shrink := min(pixels.shape[2:]) // (2 * image_size)) > 1:
+        pixels = F.avg_pool2d(pixels, shrink)  # bilinear sampling would skip pixels
+    shape = (len(pixels), len(Draws._fields), 1, 1)
+    numbers = torch.rand(shape, generator=generator, device=generator.device).to(device)
+    draws, signed = Draws(*numbers.flatten(1).unbind(1)), 2 * numbers - 1
+    corrupted = draws.corrupted < CORRUPTED
+    rare = signed * signed.abs() * corrupted.view(-1, 1, 1, 1)  # large values seldom
+    signed, rare = Draws(*signed.unbind(1)), Draws(*rare.unbind(1))
+    mirror = torch.where(draws.flip < flip, -1.0, 1.0).view(-1, 1, 1)
+    angle, zoom = math.radians(rotate) * signed.rotate, (1 + scale) ** signed.scale
     cos, sin = zoom * angle.cos(), zoom * angle.sin()
     # Where each output pixel looks in the input; affine_grid does the same, far slower on a CPU.
     across = (torch.arange(image_size, device=device) * 2 + 1) / image_size - 1
     down, across = across.view(-1, 1), across * mirror
-    x = cos * across - sin * down + 2 * shift * signed[:, 3]
-    y = sin * across + cos * down + 2 * shift * signed[:, 4]
+    x = cos * across - sin * down + 2 * shift * signed.shift_x
+    y = sin * across + cos * down + 2 * shift * signed.shift_y
     grid = torch.stack([x, y], 1).permute(0, 2, 3, 1)
     views = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False).flatten(2)
 
-    luma = torch.tensor(LUMA, device=device)
-    light = (1 + brightness) ** rare[:, 5]
-    spread = light * (1 + contrast) ** rare[:, 6]
-    colour = 1 + saturation * some[:, 7]
+    luma = torch.tensor((0.299, 0.587, 0.114), device=device)  # of R, G, B (ITU-R BT.601)
+    light = (1 + brightness) ** rare.brightness
+    spread = light * (1 + contrast) ** rare.contrast
+    colour = 1 + saturation * signed.saturation * corrupted.view(-1, 1, 1)
     matrix = colour * torch.eye(3, device=device) + (1 - colour) * luma
-    tint = 1 + cast * rare[:, 8] * torch.tensor([[1.0], [0.0], [-1.0]], device=device)
+    tint = 1 + cast * rare.cast * torch.tensor([[1.0], [0.0], [-1.0]], device=device)
     mean_grey = (views.mean(2) @ luma).view(-1, 1, 1)  # what contrast turns about
     views = torch.baddbmm((light - spread) * mean_grey * tint, spread * tint * matrix, views)
-    views = views.clamp_(0, 1).view(count, 3, image_size, image_size)
-
+    views = views.clamp_(0, 1).unflatten(2, (image_size, image_size))
     if gamma:
-        chosen = spoilt & (draws[:, 9] < BENT)
-        views[chosen] = views[chosen] ** (1 + gamma) ** signed[chosen, 10, None]
-    if shadow:
-        chosen = spoilt & (draws[:, 11] < SHADOWED)
-        views[chosen] *= _shadow(draws[chosen, 12], shadow * draws[chosen, 13], image_size)
-    fault = (draws[:, 14] * FAULTS / FAULTY).long()
-    for number, (strength, spoil) in enumerate(
-        ((blur, _blur), (resolution, _shrink), (jpeg, _compress), (noise, _noise))
-    ):
-        chosen = spoilt & (fault == number)
-        if strength and chosen.any():
-            views[chosen] = spoil(views[chosen], strength, draws[chosen, 15:17], generator)
+        bent = corrupted & (draws.bent < BENT)
+        views[bent] = views[bent] ** (1 + gamma) ** signed.gamma[bent].unsqueeze(1)
+    if shadow:  # a gain that falls linearly from 1 to 1 - loss along a direction
+        dim = corrupted & (draws.shadowed < SHADOWED)
+        angle = 2 * math.pi * draws.shadow_turn[dim].view(-1, 1, 1)
+        place = torch.linspace(-1, 1, image_size, device=device)
+        along = angle.cos() * place + angle.sin() * place.view(-1, 1)
+        along = (along / (angle.cos().abs() + angle.sin().abs()) + 1) / 2
+        views[dim] *= (1 - shadow * draws.shadow_loss[dim].view(-1, 1, 1) * along).unsqueeze(1)
+    fault = (draws.fault * 4 / FAULTY).long()  # 4: none of the four
+    blurred, coarse, packed, noisy = (corrupted & (fault == number) for number in range(4))
+    size, axis = draws.fault_size, draws.blur_axis
+    if blur and blurred.any():
+        views[blurred] = _blur(views[blurred], blur * image_size, size[blurred], axis[blurred])
+    if resolution and coarse.any():  # one for all of them, so that it stays one call
+        side = max(1, round(image_size * (1 - resolution * float(size[coarse][0]))))
+        views[coarse] = _coarsen(views[coarse], side)
+    if jpeg and packed.any():
+        views[packed] = compress(views[packed], (100 - 100 * jpeg * size[packed]).tolist())
+    if noise and noisy.any():
+        grain = torch.randn(views[noisy].shape, generator=generator, device=generator.device)
+        views[noisy] += noise * size[noisy].view(-1, 1, 1, 1) * grain.to(device)
     if erase:
-        chosen = draws[:, 18] < ERASED
-        views[chosen] = _erase(views[chosen], erase, draws[chosen, 19:])
+        erased = draws.erased < ERASED
+        side, left, top, grey = (column[erased].view(-1, 1, 1, 1) for column in draws[-4:])
+        views[erased] = _cover(views[erased], erase * side, left, top, grey)
     return views.clamp_(0, 1).contiguous(memory_format=torch.channels_last)
 
 
-def _shadow(turn: torch.Tensor, loss: torch.Tensor, size: int) -> torch.Tensor:
-    """Gains [n, 1, size, size], falling linearly from 1 to 1 - loss along a direction."""
-    across = torch.linspace(-1, 1, size, device=turn.device)
-    angle = (2 * math.pi * turn).view(-1, 1, 1)
-    along = angle.cos() * across + angle.sin() * across.view(-1, 1)
-    along = (along / (angle.cos().abs() + angle.sin().abs()) + 1) / 2
-    return (1 - loss.view(-1, 1, 1) * along).unsqueeze(1)
-
-
-def _blur(
-    images: torch.Tensor, strength: float, draws: torch.Tensor, generator: torch.Generator
-) -> torch.Tensor:
-    """Gaussian blur along both axes, or along one of them as motion does."""
-    size = images.shape[3]
-    sigma = 0.1 + strength * size * draws[:, 0]
-    along_x = torch.where(draws[:, 1] < 2 / 3, sigma, 0.1)
-    along_y = torch.where((draws[:, 1] - 0.5).abs() > 1 / 6, sigma, 0.1)
-    reach = min(size - 1, math.ceil(2.5 * (0.1 + strength * size)))
+def _blur(images: Tensor, most: float, share: Tensor, axis: Tensor) -> Tensor:
+    """Gaussian blur by a share of `most` px, along both axes or along one of them, as by motion."""
+    reach = min(images.shape[3] - 1, math.ceil(2.5 * (0.1 + most)))
     place = torch.arange(-reach, reach + 1, device=images.device)
-    planes = images.reshape(1, -1, *images.shape[2:])
-    for sigmas, shape in ((along_x, (1, 2 * reach + 1)), (along_y, (2 * reach + 1, 1))):
-        kernel = (-(place**2) / (2 * sigmas.view(-1, 1) ** 2)).softmax(1).repeat_interleave(3, 0)
-        pad = [reach * (side > 1) for side in shape for _ in range(2)][::-1]
-        padded = F.pad(planes, pad, mode="replicate")
-        planes = F.conv2d(padded, kernel.view(-1, 1, *shape), groups=planes.shape[1])
+    planes = F.pad(images, [reach] * 4, mode="replicate").flatten(0, 1).unsqueeze(0)
+    for chosen, shape in ((axis < 2 / 3, (1, -1)), ((axis - 0.5).abs() > 1 / 6, (-1, 1))):
+        sigma = torch.where(chosen, 0.1 + most * share, 0.1).view(-1, 1)
+        kernel = (-(place**2) / (2 * sigma**2)).softmax(1).repeat_interleave(3, 0)
+        planes = F.conv2d(planes, kernel.view(len(kernel), 1, *shape), groups=len(kernel))
     return planes.view_as(images)
 
 
-def _shrink(
-    images: torch.Tensor, strength: float, draws: torch.Tensor, generator: torch.Generator
-) -> torch.Tensor:
-    """Fewer pixels, then as many as before; one size for all, so that it stays one call."""
-    size = images.shape[2:]
-    few = [max(1, round(side * (1 - strength * float(draws[0, 0])))) for side in size]
-    small = F.interpolate(images, few, mode="bilinear", antialias=True)
-    return F.interpolate(small, size, mode="bilinear")
+def _coarsen(images: Tensor, side: int) -> Tensor:
+    """Shrunk to `side` px, then as large as before."""
+    small = F.interpolate(images, side, mode="bilinear", antialias=True)
+    return F.interpolate(small, images.shape[2:], mode="bilinear")
 
 
-def _compress(
-    images: torch.Tensor, strength: float, draws: torch.Tensor, generator: torch.Generator
-) -> torch.Tensor:
-    qualities = (100 - 100 * strength * draws[:, 0]).round().clamp(1, 100).int().tolist()
-    return compress(images, qualities)
-
-
-def _noise(
-    images: torch.Tensor, strength: float, draws: torch.Tensor, generator: torch.Generator
-) -> torch.Tensor:
-    grain = torch.randn(images.shape, generator=generator, device=generator.device)
-    return images + strength * draws[:, :1, None, None] * grain.to(images)
-
-
-def _erase(images: torch.Tensor, strength: float, draws: torch.Tensor) -> torch.Tensor:
-    """A grey square, whole inside the image."""
+def _cover(images: Tensor, side, left: Tensor, top: Tensor, grey) -> Tensor:
+    """A grey square in each image: `side` of its side; `left` and `top`, 0 to 1, place it."""
     place = torch.arange(images.shape[3], device=images.device) / images.shape[3]
-    side = strength * draws[:, :1]
-    left, top = (1 - side) * draws[:, 1:2], (1 - side) * draws[:, 2:3]
-    across = (place >= left) & (place < left + side)
-    below = (place >= top) & (place < top + side)
-    inside = (across.unsqueeze(1) & below.unsqueeze(2)).unsqueeze(1)
-    return torch.where(inside, draws[:, 3].view(-1, 1, 1, 1), images)
+    left, top, down = (1 - side) * left, (1 - side) * top, place.view(-1, 1)
+    inside = (place >= left) & (place < left + side) & (down >= top) & (down < top + side)
+    return torch.where(inside, grey, images)
 
 
-def compress(images: torch.Tensor, qualities: list[int]) -> torch.Tensor:
-    """Images (floats 0-1 [B, 3, H, W]) as JPEG leaves them; the codec works on the CPU."""
+def compress(images: Tensor, qualities: list[float]) -> Tensor:
+    """Images (floats 0-1 [B, 3, H, W]) as JPEG of `qualities` (1-100) leaves them; on the CPU."""
     codes = (images * 255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
-    spoilt = np.empty_like(codes)
-    for code, quality, place in zip(codes, qualities, spoilt, strict=True):
-        _, data = cv2.imencode(".jpg", code[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
-        place[:] = cv2.imdecode(data, cv2.IMREAD_COLOR)[..., ::-1]
-    return torch.from_numpy(spoilt).permute(0, 3, 1, 2).to(images) / 255
+    for code, quality in zip(codes, qualities, strict=True):
+        _, data = cv2.imencode(".jpg", code[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, round(quality)])
+        code[:] = cv2.imdecode(data, cv2.IMREAD_COLOR)[..., ::-1]
+    return torch.from_numpy(codes).permute(0, 3, 1, 2).to(images) / 255
 
 
-def resize(pixels: torch.Tensor, image_size: int) -> torch.Tensor:
+def corrupt(pixels: Tensor, name: str, severity: int, generator: Generator) -> Tensor:
+    """One corruption of SEVERITIES at `severity` 1-5 on square crops [B, 3, S, S] (uint8 or 0-1).
+
+    Lengths in pixels are those of 128 px crops. Returns floats clipped to 0-1, same shape; the
+    random parts come from `generator`. Raises ValueError for an unknown name or severity.
+    """
+    if name not in SEVERITIES or severity not in range(1, 6):
+        raise ValueError(f"{name!r} at {severity}: names are {list(SEVERITIES)}, severities 1-5")
+    amount = SEVERITIES[name][severity - 1]
+    images = pixels if pixels.is_floating_point() else pixels / 255
+    count, _, _, side = shape = images.shape
+    top, left = torch.rand(count, 2, 1, 1, 1, generator=generator).to(images.device).unbind(1)
+    sign = torch.where(top < 0.5, -1.0, 1.0)
+    tint = torch.tensor([1.0, 0.0, -1.0], device=images.device).view(3, 1, 1)
+    slope = torch.linspace(1, amount, side, device=images.device)
+    pad = (int(amount // 2), int(amount // 2), 0, 0)
+    changes = {
+        "dark": lambda: images * amount,
+        "bright": lambda: images * amount,
+        "low contrast": lambda: 0.45 + amount * (images - 0.45),
+        "colour cast": lambda: images * (1 + sign * amount * tint),
+        "side shadow": lambda: images * torch.where(sign > 0, slope, slope.flip(0)),
+        "Gaussian blur": lambda: gaussian_blur(images, 2 * math.ceil(3 * amount) + 1, amount),
+        "motion blur": lambda: F.avg_pool2d(F.pad(images, pad, mode="replicate"), (1, amount), 1),
+        "noise": lambda: images + amount * torch.randn(shape, generator=generator).to(images),
+        "JPEG": lambda: compress(images, [amount] * count),
+        "low resolution": lambda: _coarsen(images, amount),
+        "occlusion": lambda: _cover(images, amount, left, top, 0.5),
+    }
+    return changes[name]().clamp(0, 1)
+
+
+def corruption(name: str, severity: int, seed: int = 0) -> partial[Tensor]:
+    """`corrupt` with a generator of its own, as `utils.training.predict` takes it."""
+    return partial(corrupt, name=name, severity=severity, generator=Generator().manual_seed(seed))
+
+
+def resize(pixels: Tensor, image_size: int) -> Tensor:
     """Antialiased resize for evaluation: [B, 3, H, W] uint8 or float 0-1 to float 0-1."""
-    pixels = _unit(pixels)
-    if pixels.shape[2:] != (image_size, image_size):
-        size = (image_size, image_size)
-        pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
+    pixels = F.interpolate(_unit(pixels), image_size, mode="bilinear", antialias=True)
     return pixels.clamp(0, 1).contiguous(memory_format=torch.channels_last)
 
 
-def _unit(pixels: torch.Tensor) -> torch.Tensor:
-    if pixels.is_floating_point():
-        return pixels
-    return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+def _unit(pixels: Tensor) -> Tensor:
+    return pixels if pixels.is_floating_point() else pixels.contiguous() / 255
