@@ -194,7 +194,7 @@ def test_a_loss_that_is_not_finite_stops_at_once(faces, tmp_path):
     def broken(outputs, ages, rows):
         return outputs.mean(1) * (torch.nan if 1 in rows else 1.0)
 
-    with pytest.raises(FloatingPointError, match=r"not finite in epoch 1, step \d+: try a tenth"):
+    with pytest.raises(FloatingPointError, match=r"loss is nan in epoch 1, step \d+: try a tenth"):
         learn(faces, tmp_path / "run", loss=broken)
     assert not (tmp_path / "run" / "last.ckpt").exists(), "broken weights were kept"
 

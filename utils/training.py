@@ -31,8 +31,7 @@ from utils.settings import CHECKPOINT, Settings, get_settings, locate, write_ato
 
 EXAMPLES = 512  # training faces that set the batch normalisation of the face start
 GROUP_RATE = 0.001  # how fast the shares of groups follow their losses
-NOT_FINITE = """the loss is {} in epoch {}, step {}: try a tenth of the learning rate in a new run
-folder, or look for broken labels"""
+ADVICE = "try a tenth of the learning rate in a new run folder, or look for broken labels"
 COLUMNS = ["epoch", "train_mae", "valid_mae", "learning_rate", "seconds", "images_per_second"]
 
 
@@ -58,20 +57,18 @@ def train(
     out (the split "valid" without a fold, or with the last one) is shown; nothing is chosen by it.
 
     `net` replaces `build_model`'s network, `loss(outputs [B, K], ages [B], rows [B])` the head's
-    loss, one value a face, and `augmentation` the strengths STANDARD. Arrays over all rows of the
-    table: `sampling` draws training faces with replacement in these proportions, `weights` multiply
-    their losses, `groups` (whole numbers) let the loss lean to the groups that do worst (group DRO,
-    Sagawa et al., 2020). Under torchrun each process takes its share of `settings.batch_size`.
-
-    Raises ValueError where `run` holds another configuration, FloatingPointError where the loss is
-    not finite.
+    loss, one value a face, `augmentation` the strengths STANDARD. Arrays over the table: `sampling`
+    draws training faces with replacement in these proportions, `weights` multiply their losses,
+    `groups` (numbers) favour those that do worst (group DRO, Sagawa et al., 2020). Under torchrun
+    each process takes its share of the batch. Raises ValueError where `run` holds another
+    configuration, FloatingPointError where the loss is not finite.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    train, valid = faces.table["split"] == "train", faces.table["split"] == "valid"
+    known, held = faces.table["split"] == "train", faces.table["split"] == "valid"
     if fold is not None:
-        train = faces.table["fold"] != fold
-        valid = valid if fold == FOLDS - 1 else ~train
-    train_rows, valid_rows = np.flatnonzero(train), np.flatnonzero(valid)
+        known = faces.table["fold"] != fold
+        held = held if fold == FOLDS - 1 else ~known
+    train_rows, valid_rows = np.flatnonzero(known), np.flatnonzero(held)
     if not len(train_rows) or not len(valid_rows):
         raise ValueError("no face to train on, or none held out: look at the column split")
     strengths = STANDARD if augmentation is None else augmentation
@@ -96,12 +93,11 @@ def train(
         sampling, weights, groups = (a if a is None else torch.tensor(a) for a in arrays.values())
         size = min(settings.batch_size, len(train_rows)) // world
         steps = len(train_rows) // (size * world)
-        some = np.random.default_rng(settings.seed).choice(
-            train_rows, min(EXAMPLES, len(train_rows))
-        )
-        examples = resize(_gather(faces.pixels, some), settings.image_size)
-        spread = float(ages[train_rows].std(correction=0)) or 1.0
-        model = net or build_model(settings, float(ages[train_rows].mean()), spread, examples)
+        if (model := net) is None:
+            some = np.random.default_rng(settings.seed).choice(train_rows, EXAMPLES)
+            examples = resize(_gather(faces.pixels, some), settings.image_size)
+            years = ages[train_rows].numpy()
+            model = build_model(settings, float(years.mean()), float(years.std()) or 1.0, examples)
         model.to(device, memory_format=torch.channels_last)
         backbone = DistributedDataParallel(model.backbone) if world > 1 else model.backbone
         loss = loss or (lambda outputs, labels, rows: LOSSES[model.head](model, outputs, labels))
@@ -112,9 +108,8 @@ def train(
         precision = _precision(model, device)
         scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
         shares = None if groups is None else torch.ones(int(groups.max()) + 1, device=device)
-        parts = dict(
-            model=model, average=average, optimizer=optimizer, schedule=schedule, scaler=scaler
-        )
+        names = ("model", "average", "optimizer", "schedule", "scaler")
+        parts = dict(zip(names, (model, average, optimizer, schedule, scaler), strict=True))
         log = []
         if checkpoint.is_file():
             kept = torch.load(checkpoint, map_location=device, weights_only=True)
@@ -134,12 +129,11 @@ def train(
             if sampling is None:
                 places = torch.randperm(count, generator=order)
             else:
-                places = torch.multinomial(
-                    sampling[train_rows].double(), count, True, generator=order
-                )
+                share = sampling[train_rows].double()
+                places = torch.multinomial(share, count, True, generator=order)
             rows_of_epoch = train_rows[places[rank : steps * size * world : world]]
-            bar = tqdm(batches(faces.pixels, rows_of_epoch, size), f"epoch {epoch + 1}", steps,
-                       leave=False, disable=not progress or rank > 0)  # fmt: skip
+            bar = batches(faces.pixels, rows_of_epoch, size)
+            bar = tqdm(bar, f"epoch {epoch + 1}", steps, False, disable=not progress or rank > 0)
             model.train()
             for step, (chips, rows) in enumerate(bar, 1):
                 images = augment(chips.to(device), model.image_size, generator, **strengths)
@@ -153,7 +147,8 @@ def train(
                 if groups is not None:
                     mean, shares = _worst_groups(losses, groups[rows].to(device), shares)
                 if not mean.isfinite():
-                    raise FloatingPointError(NOT_FINITE.format(mean, epoch + 1, step))
+                    where = f"the loss is {mean.item()} in epoch {epoch + 1}, step {step}"
+                    raise FloatingPointError(f"{where}: {ADVICE}")
                 optimizer.zero_grad()
                 scaler.scale(mean).backward()
                 scaler.step(optimizer)
@@ -173,8 +168,8 @@ def train(
             kept = {name: part.state_dict() for name, part in parts.items()}
             kept |= {"log": log, "shares": shares}
             write_atomically(checkpoint, partial(torch.save, kept))
-            _say(f"epoch {epoch + 1}/{settings.epochs}: train MAE {train_mae:.2f}, "
-                 f"valid MAE {valid_mae:.2f} years, {seconds:.0f} s")  # fmt: skip
+            errors = f"train MAE {train_mae:.2f}, valid MAE {valid_mae:.2f} years"
+            _say(f"epoch {epoch + 1}/{settings.epochs}: {errors}, {seconds:.0f} s")
 
         if rank == 0:
             table, cpu = pd.DataFrame(log), f"CPU, {torch.get_num_threads()} threads"
@@ -248,9 +243,8 @@ def _configuration(faces, settings, fold, net, loss, strengths, arrays) -> dict:
     """All that decides the weights, short enough to compare and to read."""
     names = "backbone head image_size epochs batch_size learning_rate weight_decay seed pretrained"
     rows = faces.table[["file", "age", "split", "sha256"]].to_csv(index=False)
-    contents = {"faces": rows.encode()} | {
-        k: a.tobytes() for k, a in arrays.items() if a is not None
-    }
+    contents = {name: array.tobytes() for name, array in arrays.items() if array is not None}
+    contents["faces"] = rows.encode()
     file = locate(os.environ.get("AGE_BACKBONE_WEIGHTS") or "none")
     if net is not None:
         tensors = (value.cpu().numpy().tobytes() for value in net.state_dict().values())
@@ -272,25 +266,24 @@ def _claimed(run: Path, configuration: dict, world: int) -> Iterator[None]:
     lock, random_state = FileLock(run.with_name(f".{run.name}.lock")), torch.get_rng_state()
     try:
         run.mkdir(parents=True, exist_ok=True)
-        if world == 1:
-            with suppress(Timeout):
-                lock.acquire(timeout=1)
-            if not lock.is_locked:
-                _say(f"{run.name}: another process is training it; waiting for its end ...")
-                lock.acquire()
+        with suppress(Timeout):
+            lock.acquire(timeout=2)
+        if not lock.is_locked:
+            _say(f"{run.name}: another process is training it; waiting for its end ...")
+            lock.acquire()
         if not path.is_file():
             write_atomically(path, lambda file: file.write_text(now))
     except OSError as error:
         raise OSError(f"{run} cannot be made ({error}): set AGE_DATA to another folder") from error
     try:
+        if world > 1:
+            lock.release()
         there, now = json.loads(path.read_text()), json.loads(now)
         keys = [key for key in there | now if there.get(key) != now.get(key)]
         if keys:
             differ = "; ".join(f"{key} {there.get(key)} there, {now.get(key)} now" for key in keys)
-            raise ValueError(
-                f"{run} holds a run of another configuration ({differ}): delete that folder, train "
-                "into another one, or go back to its settings"
-            )
+            advice = "delete that folder, train into another one, or go back to its settings"
+            raise ValueError(f"{run} holds a run of another configuration ({differ}): {advice}")
         yield
     except torch.cuda.OutOfMemoryError as error:
         advice = f"try batch_size={now['batch_size'] // 2} in a new run folder"
@@ -342,6 +335,7 @@ def predict(
     rows, read = np.asarray(rows), read or model.ages
     if rows.dtype == bool:
         raise TypeError("rows is a mask of booleans: give row numbers (numpy.flatnonzero)")
+    rows = rows.astype(np.int64)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, answers = model.to(device, memory_format=torch.channels_last).eval(), []
     with torch.inference_mode():
