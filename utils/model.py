@@ -70,12 +70,9 @@ class FaceMobileNet(nn.Module):
 
     @torch.no_grad()
     def load_start(self, file: Path, images: torch.Tensor) -> None:
-        """Take the weights of a TensorFlow.js .bin (its .json beside it), in which batch
-        normalisation is merged into the convolutions, and put it back without changing an output:
-        mean and variance are those over the normalised face crops `images` [N, 3, S, S].
-
-        With a distribution head, year i + 1 takes class i of the file's ages 1 to 100.
-        """
+        """Take the weights of a TensorFlow.js .bin (its .json beside it). Batch normalisation is
+        merged into them; it is put back without changing an output, by mean and variance over the
+        normalised face crops `images` [N, 3, S, S]. Class i becomes the year i + 1."""
         listed = json.loads(file.with_suffix(".json").read_text())["weightsManifest"][0]["weights"]
         data, place, stored = file.read_bytes(), 0, {}
         for entry in listed:
@@ -87,12 +84,12 @@ class FaceMobileNet(nn.Module):
         self.eval()
         for layer in (m for m in self.features.modules() if not list(m.children())):
             if isinstance(layer, nn.Conv2d):
-                name, last = next(names), "convolution/merged_input"
+                name = next(names)
                 if layer.groups > 1:  # height, width, channels, 1
                     scale = stored[f"{name}_bn/batchnorm_1/mul"].view(-1, 1, 1, 1)
                     kernel = scale * stored[f"{name}/depthwise_kernel"].permute(2, 3, 0, 1)
                 else:  # height, width, inputs, outputs
-                    kernel = stored[f"{name}/{last}"].permute(3, 2, 0, 1)
+                    kernel = stored[f"{name}/convolution/merged_input"].permute(3, 2, 0, 1)
                 layer.weight.copy_(kernel.flip(1) if name == "conv1" else kernel)  # BGR to RGB
             elif isinstance(layer, nn.BatchNorm2d):
                 layer.running_var, layer.running_mean = torch.var_mean(images, (0, 2, 3))
@@ -109,10 +106,8 @@ class FaceMobileNet(nn.Module):
 
 
 def face_start() -> Path:
-    """The .bin of the face start: the file in AGE_FACE_WEIGHTS, else fetched once (14 MB).
-
-    Raises FileNotFoundError where the variable names no file, ConnectionError without a network.
-    """
+    """The .bin of the face start: the file in AGE_FACE_WEIGHTS (or FileNotFoundError), else fetched
+    once, 14 MB (or ConnectionError)."""
     if given := os.environ.get("AGE_FACE_WEIGHTS"):
         if locate(given).is_file():
             return locate(given)
@@ -178,10 +173,7 @@ class AgeRegressor(nn.Module):
         return self.backbone(self.normalised(images)).float()
 
     def normalised(self, images: torch.Tensor) -> torch.Tensor:
-        """Images [B, 3, h, w] in 0-1 as the backbone wants them.
-
-        Raises TypeError for integer pixels: 0-255 into pretrained weights is a silent mistake.
-        """
+        """Images [B, 3, h, w] in 0-1 as the backbone wants them; TypeError for whole numbers."""
         if not images.is_floating_point():
             raise TypeError(f"images are {images.dtype}: give floats in 0-1 (utils.augment.resize)")
         return (images - self.mean) / self.std
@@ -269,10 +261,8 @@ def build_model(
 
 
 def save_weights(model: AgeRegressor, path: Path, **facts: object) -> None:
-    """Write the weights and all that prediction needs to one safetensors file, atomically.
-
-    `facts` (values that JSON can hold: split digest, training settings, ...) join the metadata.
-    """
+    """Write the weights and all that prediction needs to one safetensors file, atomically. `facts`
+    (values that JSON can hold: split digest, training settings, ...) join the metadata."""
     packages = ("torch", "torchvision", "safetensors", "numpy")
     own = {"format": FORMAT, "version": VERSION, "backbone": model.backbone_name, "crop": CROP}
     own |= {name: getattr(model, name) for name in ("head", "image_size", "origin")}
@@ -294,7 +284,7 @@ def load_weights(path: Path, net: AgeRegressor | None = None) -> tuple[AgeRegres
     """Model in evaluation mode, on the CPU, and the metadata of a file of `save_weights`.
 
     `net` takes the weights where the backbone is a module of your own. Raises FileNotFoundError,
-    or ValueError for a pickle, a damaged file, or one of something else. No pickle is ever loaded.
+    or ValueError for a pickle, which is never loaded, a damaged file, or one of something else.
     """
     if Path(path).suffix in (".pth", ".pt", ".ckpt"):
         raise ValueError(f"{path} is a pickle, which may run code: not loaded")

@@ -144,8 +144,12 @@ def train(
                 if weights is not None:
                     losses = losses * weights[rows].to(losses)
                 mean = losses.mean()
-                if groups is not None:
-                    mean, shares = _worst_groups(losses, groups[rows].to(device), shares)
+                if groups is not None:  # each group's mean loss by its share, which follows it
+                    of_face = groups[rows].to(device)
+                    sums = torch.zeros_like(shares).index_add(0, of_face, losses)
+                    means = sums / torch.bincount(of_face, minlength=len(shares)).clamp(min=1)
+                    shares = (shares.log() + GROUP_RATE * means.detach()).softmax(0)
+                    mean = (shares * means).sum()
                 if not mean.isfinite():
                     where = f"the loss is {mean.item()} in epoch {epoch + 1}, step {step}"
                     raise FloatingPointError(f"{where}: {ADVICE}")
@@ -188,8 +192,7 @@ def train(
 
 
 def batches(pixels: np.ndarray, rows: np.ndarray, size: int) -> Iterator[tuple]:
-    """Whole batches of `rows`: chips uint8 [size, 3, H, W] and their row numbers. The next one is
-    gathered from the memory map in the background."""
+    """Whole batches: chips uint8 [size, 3, H, W] and their rows, gathered in the background."""
     parts = rows[: len(rows) // size * size].reshape(-1, size)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(_gather, pixels, parts[0])
@@ -206,30 +209,18 @@ def _gather(pixels: np.ndarray, rows: np.ndarray) -> torch.Tensor:
 
 def _average(steps: int) -> Callable:
     """Exponential moving average over about a tenth of all `steps`, shorter at the start."""
-    longest = 1 - 1 / max(1.0, steps / 10)
 
+    @torch.no_grad()
     def update(averages: list, currents: list, count: torch.Tensor) -> None:
-        decay = min(longest, (1 + int(count)) / (10 + int(count)))
-        for mean, now in zip(averages, currents, strict=True):
-            if mean.is_floating_point():
-                mean.lerp_(now, 1 - decay)
-            else:
-                mean.copy_(now)  # batch norm's step counter
+        decay = min(1 - 1 / max(1.0, steps / 10), (1 + int(count)) / (10 + int(count)))
+        for mean, now in zip(averages, currents, strict=True):  # or batch norm's step counter
+            mean.lerp_(now, 1 - decay) if mean.is_floating_point() else mean.copy_(now)
 
-    return torch.no_grad()(update)
-
-
-def _worst_groups(losses: torch.Tensor, groups: torch.Tensor, shares: torch.Tensor) -> tuple:
-    """The loss that leans to the groups with the largest losses, and the groups' new shares."""
-    sums = torch.zeros_like(shares).index_add(0, groups, losses)
-    means = sums / torch.bincount(groups, minlength=len(shares)).clamp(min=1)
-    shares = shares * (GROUP_RATE * means.detach()).exp()
-    shares = shares / shares.sum()
-    return (shares * means).sum(), shares
+    return update
 
 
 def _precision(model: AgeRegressor, device: torch.device) -> torch.dtype:
-    """bfloat16 or float16 where the processor is made for it and the network gains from it."""
+    """bfloat16 or float16 where the processor is made for it and the network gains."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
     can, groups = torch.cpu.get_capabilities(), (getattr(m, "groups", 1) for m in model.modules())
@@ -260,8 +251,7 @@ def _configuration(faces, settings, fold, net, loss, strengths, arrays) -> dict:
 
 @contextmanager
 def _claimed(run: Path, configuration: dict, world: int) -> Iterator[None]:
-    """The run's folder, for one training of this configuration at a time. Another notebook that
-    trains it is waited for; processes of one training share it."""
+    """The run's folder, for one training of this configuration at a time; another waits."""
     path, now = run / "configuration.json", json.dumps(configuration)
     lock, random_state = FileLock(run.with_name(f".{run.name}.lock")), torch.get_rng_state()
     try:
