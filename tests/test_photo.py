@@ -73,14 +73,12 @@ def test_grey_palette_cmyk_sixteen_bits_and_what_is_transparent(face):
 
 JPEG, PNG = (encode(Image.effect_noise((64, 64), 50), kind) for kind in ("JPEG", "PNG"))
 WEBP = encode(Image.effect_noise((64, 64), 50).convert("RGB"), "WEBP")
-NOT_A_PICTURE = "is no picture that can be read here: give a JPEG, PNG or WebP file"
+NOT_A_PICTURE = "is no JPEG, PNG or WebP picture: export a HEIC or PDF as one, or download it again"
 FAULTS = {
-    "empty": (b"", "is empty: copy or download it again"),
+    "empty": (b"", NOT_A_PICTURE),
     "text": (b"not a picture", NOT_A_PICTURE),
-    "pdf": (b"%PDF-1.7\n", "is a PDF: export the page, or take a screenshot"),
-    "heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC or AVIF picture: export it as JPEG"),
-    "avif": (b"\0\0\0\x0aftypavif\0\0\0\0mif1avif", "HEIC or AVIF picture: export it as JPEG"),
-    "pointer": (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+    "heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", NOT_A_PICTURE),
+    "avif": (b"\0\0\0\x0aftypavif\0\0\0\0mif1avif", NOT_A_PICTURE),
     "gif": (encode(Image.new("L", (9, 9)), "GIF"), NOT_A_PICTURE),
     "noise in a JPEG": (JPEG[:200] + bytes(2000), "is damaged or cut off"),
     "bomb": (encode(Image.new("1", (20_000, 20_000)), "PNG"), "100 megapixels: not opened"),
@@ -98,7 +96,7 @@ def test_what_is_no_photo_is_refused_by_name(tmp_path, fault):
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.5, 0.9])
 def test_a_file_cut_anywhere_is_refused(share):
     for data in (JPEG, PNG, WEBP):
-        with pytest.raises(ValueError, match="^cut.jpg is (damaged or cut off|no picture)"):
+        with pytest.raises(ValueError, match="^cut.jpg is (damaged or cut off|no JPEG)"):
             decode_photo(data[: max(int(share * len(data)), 1)], "cut.jpg")
 
 
@@ -134,11 +132,10 @@ def test_without_a_network_or_with_another_file_the_way_out_is_told(tmp_path, mo
 def test_a_named_detector_that_is_missing_or_another_file(tmp_path, monkeypatch):
     monkeypatch.setenv("AGE_FACE_DETECTOR", str(tmp_path / "yunet.onnx"))
     photo.load_detector.cache_clear()
-    with pytest.raises(FileNotFoundError, match="AGE_FACE_DETECTOR names .*yunet.onnx.*--crop"):
-        photo.load_detector()
-    (tmp_path / "yunet.onnx").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(ValueError, match="yunet.onnx, and this is not the expected detector"):
-        photo.load_detector()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="names .*yunet.onnx, not this detector.*--crop"):
+            photo.load_detector()
+        (tmp_path / "yunet.onnx").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
 
 
 @needs_detector

@@ -1,118 +1,77 @@
 """From a photograph to aligned face crops like UTKFace's: reading, finding, aligning, judging."""
 
-import hashlib
 import io
 import os
-import re
 import warnings
+from collections import namedtuple
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-from utils.download import fetch
+from utils.download import fetch, file_sha256
 from utils.faces import quality
 from utils.settings import CHIP_SIZE, get_settings, locate
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # MPO, which phones write under .jpg, counts as JPEG
 MAX_PIXELS = 100_000_000  # five times a photograph of 20 megapixels
 GROUND = 127  # grey level behind what is transparent
-FOREIGN = {  # first bytes of what people take for pictures -> what to do about it
-    rb"\Z": "is empty: copy or download it again",
-    rb"%PDF": "is a PDF: export the page, or take a screenshot of it, as JPEG or PNG",
-    rb"version https://git-lfs": "is a Git LFS pointer, not the picture: run `git lfs pull`",
-    rb"....ftyp(hei|hev|mif|msf|avi)": "is a HEIC or AVIF picture: export it as JPEG or PNG",
-}
 DETECTOR = "face_detection_yunet_2023mar.onnx"  # YuNet of OpenCV's model zoo, MIT licence
-DETECTOR_URL = (  # of the file itself: the repository's "raw" address gives a Git LFS pointer
-    "https://media.githubusercontent.com/media/opencv/opencv_zoo/main/models/face_detection_yunet/"
-    + DETECTOR
-)
+ZOO = "https://media.githubusercontent.com/media/opencv/opencv_zoo/main/models"
+DETECTOR_URL = f"{ZOO}/face_detection_yunet/{DETECTOR}"  # "raw" addresses give an LFS pointer
 DETECTOR_SHA256 = "8f2383e4dd3cfbb4553ea8718107fc0423210dc964f9f4280604804ed2552fa4"
-WAY_OUT = (
-    f"Set AGE_FACE_DETECTOR to a copy of {DETECTOR} (OpenCV's model zoo). Photos that are face "
-    "crops already need no detector: give them as crops (crop=True, or --crop)"
-)
-# While searching: px of the photo's longer side, and the most that a photo is enlarged. Smaller
-# finds faces that fill the photo, larger finds small ones.
-SIDES = ((1024, 1), (320, 1), (2048, 2))
+WAY_OUT = f"Set AGE_FACE_DETECTOR to a copy of {DETECTOR}, or give face crops (crop=True, --crop)"
+SIDES = ((1024, 1), (320, 1), (2048, 2))  # searched: px of the longer side, highest enlargement
 MIN_SCORE = 0.7  # of 1; YuNet gives 0.90 or more to 99 % of UTKFace's validation chips
 LOOK = 400  # px: side of the second look at a face, where the chip would be LOOK / 2 wide
 FACE_HEIGHT = 1.1  # median height of YuNet's box over the chip's side, with padding
-# Right eye, left eye, nose, mouth corners (of the person: the right eye is on the picture's left),
-# x and y in units of the chip's side: medians over UTKFace's validation chips.
-LANDMARKS = np.array([
-    (0.2989, 0.2886), (0.6914, 0.2886), (0.4950, 0.5289), (0.3221, 0.6742), (0.6674, 0.6748),
-])  # fmt: skip
+# Eyes, nose, mouth corners (the person's right first): x, y in chip sides, UTKFace's medians
+LANDMARKS = np.array(
+    [(0.2989, 0.2886), (0.6914, 0.2886), (0.4950, 0.5289), (0.3221, 0.6742), (0.6674, 0.6748)]
+)
 MIRRORED = [1, 0, 2, 4, 3]  # the same points in the mirror image
-# Sides of the crops whose ages are averaged, in sides of the chip: no detector cuts exactly as
-# UTKFace's makers did, and two crops of one face differ by most of a year.
-VIEWS = (1.0, 0.95, 1.05)
-# Measured on UTKFace's validation chips, in the chapter on your own photo. Beyond `warn` lie 1 %
-# of them (size: their error is a tenth larger); beyond `refuse` their error is doubled.
-LIMITS = {
-    "size": {"warn": 32, "refuse": 12},  # px of the photo that become the chip's side
-    "dark": {"warn": 58, "refuse": 5},  # mean grey level of the chip, 0-255
-    "bright": {"warn": 192, "refuse": 238},
-    "sharpness": {"warn": 13.5, "refuse": 2.0},  # variance of the chip's Laplacian
-    "pose": {"warn": 0.081},  # misfit of the landmarks, in chip sides: see `geometry`
-    "outside": {"warn": 0.25, "refuse": 0.36},  # share of the chip that the photo does not hold
-}
-MESSAGES = {
-    "size": "small: {:.0f} px wide",
-    "dark": "dark: mean brightness {:.0f} of 255",
-    "bright": "bright: mean brightness {:.0f} of 255",
-    "sharpness": "blurred: sharpness {:.1f}",
-    "pose": "turned away: eyes, nose and mouth are out of place",
-    "outside": "cut off: {:.0%} outside",
-}
-
-
-class Face(NamedTuple):
-    """A face in a photo, in pixels of the photo."""
-
-    box: np.ndarray  # [4]: x, y, width, height
-    landmarks: np.ndarray  # [5, 2]: x and y of the points of LANDMARKS
-    score: float  # of the detector, 0 to 1
-
-
-class Crop(NamedTuple):
-    """A face cut out of a photo and judged."""
-
-    chips: np.ndarray  # uint8 RGB [len(VIEWS), CHIP_SIZE, CHIP_SIZE, 3]; the first is the chip
-    face: Face | None  # None: the photo was given as a crop
-    warnings: list[str]
-    refused: bool  # too bad for an answer
+VIEWS = (1.0, 0.95, 1.05)  # chip sides, averaged: two crops of a face differ by most of a year
+# Measured on UTKFace's validation chips in the chapter on your own photo: beyond the first limit
+# lie 1 % of them (size: the error is a tenth larger), beyond the second the error is doubled.
+CHECKS = (  # name, limits (to warn, to refuse), message
+    ("size", (32, 12), "small: {:.0f} px wide"),  # px of the photo that become the chip's side
+    ("dark", (58, 5), "dark: mean brightness {:.0f} of 255"),
+    ("bright", (192, 238), "bright: mean brightness {:.0f} of 255"),
+    ("sharpness", (13.5, 2.0), "blurred: sharpness {:.1f}"),  # variance of the chip's Laplacian
+    ("pose", (0.081,), "turned away: eyes, nose and mouth are out of place"),  # see `geometry`
+    ("outside", (0.25, 0.36), "cut off: {:.0%} outside"),  # share of the chip beyond the photo
+)
+LIMITS = {name: dict(zip(("warn", "refuse"), ends, strict=False)) for name, ends, _ in CHECKS}
+# In px of the photo: box [4] (x, y, width, height), landmarks [5, 2] as LANDMARKS; score of 0 to 1.
+Face = namedtuple("Face", "box landmarks score")
+# chips: uint8 RGB [len(VIEWS), CHIP_SIZE, CHIP_SIZE, 3], the chip first; face: None where the photo
+# was given as a crop; warnings: texts; refused: too bad for an answer.
+Crop = namedtuple("Crop", "chips face warnings refused")
 
 
 def read_photo(path: str | Path) -> np.ndarray:
     """A photograph as uint8 RGB [h, w, 3], turned as its EXIF orientation says.
-
-    JPEG, PNG, WebP or BMP; colour, grey, CMYK, 16 bits (scaled to 8), palette; what is transparent
-    is laid on grey. Raises ValueError that names file and way out where it is empty, damaged, of
-    another kind or larger than MAX_PIXELS, and OSError where it cannot be opened.
-    """
+    JPEG, PNG, WebP or BMP; 16 bits are scaled to 8, and what is transparent is laid on grey. Raises
+    OSError where the file cannot be opened, and what `decode_photo` raises."""
     return decode_photo(Path(path).read_bytes(), Path(path).name)
 
 
 def decode_photo(data: bytes, name: str) -> np.ndarray:
-    """`read_photo` for the bytes of a file; `name` is for messages."""
-    for start, advice in FOREIGN.items():
-        if re.match(start, data, re.DOTALL):
-            raise ValueError(f"{name} {advice}")
+    """`read_photo` for the bytes of a file. Raises ValueError, with `name` and the way out, where
+    they are none, damaged, of another kind, or more than MAX_PIXELS."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a bomb is refused below; odd EXIF harms nothing
+        with warnings.catch_warnings(action="ignore"):  # bombs end below; odd EXIF harms nothing
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
-    except Image.UnidentifiedImageError:
-        reason = "is no picture that can be read here: give a JPEG, PNG or WebP file"
+    except Image.UnidentifiedImageError:  # empty, a Git LFS pointer, a web page, what phones write
+        reason = (
+            "is no JPEG, PNG or WebP picture: export a HEIC or PDF as one, or download it again"
+        )
     except Image.DecompressionBombError:
         reason = "unpacks to more than 100 megapixels: not opened. Scale it down first"
     except Exception as error:  # decoders raise many kinds; all mean that the file is damaged
@@ -131,30 +90,26 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 
 def uploads(value: dict | tuple) -> list[tuple[str, bytes]]:
     """Name and bytes of each file in the value of an ipywidgets FileUpload, of version 7 or 8."""
-    if isinstance(value, dict):  # version 7, which Colab has: file name -> its content
-        value = [{"name": name, **file} for name, file in value.items()]
-    return [(file["name"], bytes(file["content"])) for file in value]
+    old = isinstance(value, dict)  # version 7, which Colab has
+    pairs = value.items() if old else [(file["name"], file) for file in value]
+    return [(name, bytes(file["content"])) for name, file in pairs]
 
 
 @lru_cache(maxsize=1)
 def load_detector() -> cv2.FaceDetectorYN:
     """YuNet, from the file in AGE_FACE_DETECTOR, else from the data folder, else downloaded once.
-
-    Raises FileNotFoundError where AGE_FACE_DETECTOR names no file, ValueError where it names
-    another one (an LFS pointer, a web page), ConnectionError where the download fails.
-    """
-    given = os.environ.get("AGE_FACE_DETECTOR")
-    path = locate(given) if given else get_settings("sample").folder.parent / DETECTOR
-    named = f"AGE_FACE_DETECTOR names {path}, and"
-    if not given:
+    Raises ValueError where AGE_FACE_DETECTOR names no file or another one (an LFS pointer, a web
+    page), ConnectionError where the download fails."""
+    if given := os.environ.get("AGE_FACE_DETECTOR"):
+        path = locate(given)
+        if not path.is_file() or file_sha256(path) != DETECTOR_SHA256:
+            raise ValueError(f"AGE_FACE_DETECTOR names {path}, not this detector. {WAY_OUT}")
+    else:
+        path = get_settings("sample").folder.parent / DETECTOR
         try:
             fetch(DETECTOR_URL, path, DETECTOR_SHA256)
         except ConnectionError as error:
             raise ConnectionError(f"no face detector: {error}. {WAY_OUT}") from error
-    elif not path.is_file():
-        raise FileNotFoundError(f"{named} there is no such file. {WAY_OUT}")
-    elif hashlib.sha256(path.read_bytes()).hexdigest() != DETECTOR_SHA256:
-        raise ValueError(f"{named} this is not the expected detector. {WAY_OUT}")
     level = cv2.utils.logging.setLogLevel(2)  # errors only: OpenCV 5 warns of its own default
     detector = cv2.FaceDetectorYN.create(str(path), "", (LOOK, LOOK), MIN_SCORE)
     cv2.utils.logging.setLogLevel(level)
@@ -163,10 +118,8 @@ def load_detector() -> cv2.FaceDetectorYN:
 
 def find_faces(photo: np.ndarray) -> list[Face]:
     """The faces in a photo (uint8 RGB [h, w, 3]), from left to right; an empty list for none.
-
     YuNet (Wu et al., 2023) searches a copy at the first of SIDES that shows a face, then looks
-    again at each face and its mirror image. Raises what `load_detector` raises.
-    """
+    again at each face and its mirror image. Raises what `load_detector` raises."""
     longer = max(photo.shape[:2])
     for scale in dict.fromkeys(min(side / longer, most) for side, most in SIDES):
         if faces := [_look_again(photo, face) for face in _detect(photo, scale)]:
@@ -202,11 +155,9 @@ def _look_again(photo: np.ndarray, face: Face) -> Face:
 
 
 def align(photo: np.ndarray, landmarks: np.ndarray, margin: float = 0.0) -> np.ndarray:
-    """The face as a chip, uint8 RGB [CHIP_SIZE, CHIP_SIZE, 3].
-
-    A similarity transform (Umeyama, 1991) brings the landmarks nearest to LANDMARKS. `margin` adds
-    this part of the chip's side on each side. What lies outside the photo repeats its edge.
-    """
+    """The face as a chip, uint8 RGB [CHIP_SIZE, CHIP_SIZE, 3], with `margin` chip sides around it.
+    A similarity transform (Umeyama, 1991) brings the landmarks nearest to LANDMARKS. What lies
+    outside the photo repeats its edge."""
     points = (LANDMARKS + margin) / (1 + 2 * margin) * CHIP_SIZE
     return _warp(photo, similarity(landmarks, points), CHIP_SIZE)
 
@@ -220,11 +171,8 @@ def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 
 def _warp(photo: np.ndarray, transform: np.ndarray, size: int) -> np.ndarray:
-    """`transform` [2, 3] maps the photo's coordinates to a square of `size` px, area by area.
-
-    Coordinates count from the corner of the first pixel. The square is drawn larger, so that no
-    pixel of the photo is stepped over, then averaged down: plain sampling would alias.
-    """
+    """`transform` [2, 3] maps the photo, from the corner of its first pixel, to a square of `size`
+    px. The square is drawn larger, then averaged down: plain sampling would skip pixels."""
     finer = int(np.ceil(np.clip(1 / np.hypot(*transform[:, 0]), 1, 8)))
     matrix = transform * finer
     matrix[:, 2] += matrix[:, :2].sum(1) / 2 - 0.5  # OpenCV counts from the first pixel's centre
@@ -234,11 +182,9 @@ def _warp(photo: np.ndarray, transform: np.ndarray, size: int) -> np.ndarray:
 
 
 def geometry(landmarks: np.ndarray, shape: tuple[int, ...]) -> dict[str, float]:
-    """What LIMITS judges of a face in a photo of this shape (height, width).
-
+    """size, pose and outside of a face in a photo of this shape (height, width): see CHECKS.
     `pose` is how far the aligned landmarks lie from LANDMARKS, root mean square in chip sides:
-    turning away moves the nose against eyes and mouth, which no similarity transform undoes.
-    """
+    turning away moves the nose against eyes and mouth, which no similarity transform undoes."""
     transform = similarity(landmarks, LANDMARKS)
     apart = landmarks @ transform[:, :2].T + transform[:, 2] - LANDMARKS
     inverse, grid = cv2.invertAffineTransform(transform), (np.arange(32) + 0.5) / 32
@@ -249,32 +195,28 @@ def geometry(landmarks: np.ndarray, shape: tuple[int, ...]) -> dict[str, float]:
 
 
 def judge(chip: np.ndarray, face: Face | None, shape: tuple[int, ...]) -> tuple[list[str], bool]:
-    """What speaks against an answer for this chip, and whether to refuse one, by LIMITS.
-
-    `shape` is the photo's (height, width); `face` is None for a photo that was given as a crop.
-    """
+    """What speaks against an answer for this chip, and whether to refuse one, by CHECKS. `shape` is
+    the photo's (height, width); `face` is None for a photo that was given as a crop."""
     found = geometry(face.landmarks, shape) if face else {"size": min(shape[:2])}
     light, sharpness = quality(cv2.cvtColor(chip, cv2.COLOR_RGB2GRAY)).values()
     found |= {"dark": light, "bright": light}
     if light >= LIMITS["dark"]["warn"]:  # in the dark, edges are faint without being blurred
         found["sharpness"] = sharpness
     texts, refused = [], False
-    for name, text in MESSAGES.items():
+    for name, _, text in CHECKS:
         warn, refuse = LIMITS[name]["warn"], LIMITS[name].get("refuse", np.inf)
         sign = np.sign(refuse - warn)  # -1 where small values are bad
-        if sign * (found.get(name, warn) - warn) > 0:
+        if name in found and sign * (found[name] - warn) > 0:
             beyond = bool(sign * (found[name] - refuse) > 0)
-            texts.append("too " * beyond + text.format(found[name]))
+            texts.append(("too " if beyond else "") + text.format(found[name]))
             refused |= beyond
     return texts, refused
 
 
 def get_crops(photo: np.ndarray, crop: bool = False) -> list[Crop]:
-    """Every face of a photo (uint8 RGB [h, w, 3]), cut out and judged, from left to right.
-
-    With `crop` the photo is a face crop already: its central square is the chip, and no detector
-    is needed. Raises what `load_detector` raises.
-    """
+    """Every face of a photo (uint8 RGB [h, w, 3]), cut out and judged, from left to right. With
+    `crop` the photo is a face crop already: its central square is the chip, and no detector is
+    needed. Raises what `load_detector` raises."""
     side = min(photo.shape[:2])
     middle = LANDMARKS * side + (np.array(photo.shape[1::-1]) - side) / 2
     faces = [(None, middle)] if crop else [(face, face.landmarks) for face in find_faces(photo)]

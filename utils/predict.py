@@ -1,6 +1,4 @@
-"""Ages for photos: in Python, from the command line, and as an ONNX file for other programs.
-python -m utils.predict FACE.jpg FOLDER ... [--crop] [--format csv|json] [--output FILE]
-python -m utils.predict --export model.onnx"""
+"""Ages for photos: in Python, from the command line (--help), and as an ONNX file."""
 
 import argparse
 import json
@@ -24,8 +22,7 @@ NO_FACE = "no face found: if the photo is a face crop already, give it as one (c
 
 
 class AgePredictor:
-    """Ages by the weights in a checkpoint, with `intervals` (`utils.evaluation.conformal`) where it
-    carries them; else None, and `low` and `high` are NaN. Raises what `load_weights` raises."""
+    """Ages by a checkpoint; without `intervals`, low and high are NaN. Raises as `load_weights`."""
 
     def __init__(self, checkpoint: str | Path = CHECKPOINT) -> None:
         self.model, self.facts = load_weights(Path(checkpoint))
@@ -42,8 +39,8 @@ class AgePredictor:
 
     def ages(self, crops: Sequence[Crop]) -> pd.DataFrame:
         """The same for crops of photos: the mean over a crop's views, whatever its warnings."""
-        none = np.empty((0, CHIP_SIZE, CHIP_SIZE, 3), np.uint8)
-        return self.chips(np.concatenate([none, *(crop.chips for crop in crops)]), len(VIEWS))
+        chips = np.array([crop.chips for crop in crops], np.uint8)
+        return self.chips(chips.reshape(-1, CHIP_SIZE, CHIP_SIZE, 3), len(VIEWS))
 
     def photo(self, photo: np.ndarray, crop: bool = False) -> pd.DataFrame:
         """COLUMNS for each face that `get_crops` finds in a photo (uint8 RGB [h, w, 3])."""
@@ -54,14 +51,13 @@ class AgePredictor:
         ages, rows = self.ages([crop for _, _, crop in found])[COLUMNS[6:9]].to_numpy(), []
         for (file, number, crop), answer in zip(found, ages, strict=True):
             box = crop.face.box.round().astype(int) if crop.face else [None] * 4
-            text = "; ".join(crop.warnings + ["no answer"] * crop.refused)
+            text = "; ".join([*crop.warnings, "no answer"] if crop.refused else crop.warnings)
             answer = [np.nan] * 3 if crop.refused else answer
             rows.append([file, number, *box, *answer, text, ""])
         return pd.DataFrame(rows, columns=COLUMNS)
 
     def files(self, paths: Iterable[Path], crop: bool = False) -> Iterator[pd.DataFrame]:
-        """COLUMNS for one file after the other; one without an answer is a row with `error`.
-        Raises what `load_detector` raises: without a detector no file can succeed."""
+        """COLUMNS for each file, `error` where it has no answer. Raises as `load_detector`."""
         for path in paths:
             try:
                 photo, reason = read_photo(path), NO_FACE
@@ -87,31 +83,21 @@ class _Graph(torch.nn.Module):  # uint8 chips [N, 3, CHIP_SIZE, CHIP_SIZE] to ag
 
 
 def export_onnx(predictor: AgePredictor, path: str | Path) -> None:
-    """Write the network as one ONNX file. Input `chips`: uint8 RGB [N, 3, 128, 128]. Outputs `age`
-    and `spread`: float32 [N], years, averaged over chip and mirror image. Metadata: the table of
-    intervals ("intervals", JSON) and the place of eyes and mouth in a chip ("crop")."""
+    """Write one ONNX file: `chips` (uint8 RGB [N, 3, 128, 128]) to `age`, `spread` (float32 [N] in
+    years, mean over chip and mirror image). Metadata: "intervals" (JSON or null), "crop"."""
     graph = _Graph(predictor.model.cpu()).eval()
     chips = torch.zeros(2, 3, CHIP_SIZE, CHIP_SIZE, dtype=torch.uint8)
     names = dict(input_names=["chips"], output_names=["age", "spread"], verbose=False)
     program = torch.onnx.export(graph, (chips,), **names, dynamic_shapes=[{0: "faces"}])
-    facts = {"crop": predictor.facts["crop"], "intervals": json.dumps(predictor.intervals)}
-    program.model.metadata_props.update(facts)
+    program.model.metadata_props["crop"] = predictor.facts["crop"]
+    program.model.metadata_props["intervals"] = json.dumps(predictor.intervals)
     write_atomically(Path(path), lambda file: program.save(file, external_data=False))
-
-
-def list_files(names: Sequence[str]) -> list[Path]:
-    """Files as they are named; a folder stands for the pictures in it and below, by name."""
-    files = []
-    for path in map(Path, names):
-        below = sorted(p for p in path.rglob("[!.]*") if p.suffix.lower() in SUFFIXES)
-        files += [p for p in below if p.is_file()] if path.is_dir() else [path]
-    return files
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write a row for each face; returns the exit code, 1 where a file has no answer."""
     parser = argparse.ArgumentParser("python -m utils.predict", description="Ages for photos.")
-    parser.add_argument("photos", nargs="*", metavar="PHOTO_OR_FOLDER")
+    parser.add_argument("photos", nargs="*", type=Path, metavar="PHOTO_OR_FOLDER")
     parser.add_argument("--crop", action="store_true", help="the photos are face crops already")
     parser.add_argument("--format", choices=("csv", "json"), default="csv")
     parser.add_argument("--output", type=Path, help="file to write; else the screen")
@@ -120,34 +106,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not options.photos and not options.export:
         parser.error("name photos or folders, or --export FILE.onnx")
+    texts, files, failed = [], [], False
+    write = texts.append if options.output else sys.stdout.write
     try:
         predictor = AgePredictor(options.checkpoint)
         if options.export:
             export_onnx(predictor, options.export)
-            print(f"{options.export} written", file=sys.stderr)
-        if not options.photos:
-            return 0
-        if predictor.intervals is None:
-            print(f"{options.checkpoint.name} holds no intervals: ages only", file=sys.stderr)
-        if not (files := list_files(options.photos)):
-            raise ValueError(f"no picture in {', '.join(options.photos)}")
-        texts, failed = [], False
-        write = texts.append if options.output else sys.stdout.write
+        for path in options.photos:
+            below = sorted(p for p in path.rglob("[!.]*") if p.suffix.lower() in SUFFIXES)
+            files += [p for p in below if p.is_file()] if path.is_dir() else [path]
+        if options.photos and not files:
+            raise ValueError(f"no picture in {', '.join(map(str, options.photos))}")
         for place, table in enumerate(predictor.files(files, options.crop)):
-            if error := table["error"].iloc[0]:
-                print(f"{table['file'].iloc[0]}: {error}", file=sys.stderr)
+            if error := table["error"][0]:
+                print(f"{table['file'][0]}: {error}", file=sys.stderr)
                 failed = True
             if options.format == "csv":
                 write(table.round(1).to_csv(index=False, header=place == 0, lineterminator="\n"))
             else:
                 text = table.round(1).to_json(orient="records", indent=1, force_ascii=False)
                 write(("," if place else "[") + text[1:-2])
-        write("\n]\n" if options.format == "json" else "")
-        if options.output:
+        write("\n]\n" if files and options.format == "json" else "")
+        if files and options.output:
             write_atomically(options.output, lambda file: file.write_text("".join(texts), "utf-8"))
     except (OSError, ValueError) as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 1
+        sys.exit(f"Error: {error}")
     return int(failed)
 
 
