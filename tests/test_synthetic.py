@@ -5,13 +5,14 @@ import re
 import subprocess
 import sys
 import time
-from unittest.mock import Mock
+from functools import partial
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 
-from utils import synthetic
+from utils import faces, synthetic
 from utils.settings import CHIP_SIZE, ROOT
 
 COUNT = 100
@@ -121,21 +122,20 @@ def test_masks_hold_the_pixels_that_age_changes_and_follow_from_the_name():
     assert all((masks[cue] == again[cue]).all() for cue in synthetic.CUES)
 
 
-def test_killed_or_failed_half_way_leaves_no_sample(tmp_path, monkeypatch):
-    folder = tmp_path / "sample"
-    code = "import sys, pathlib, utils.synthetic as s; s.draw_sample(pathlib.Path(sys.argv[1]))"
-    process = subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=ROOT)
+def test_killed_half_way_leaves_no_sample_and_a_used_folder_is_refused(tmp_path, monkeypatch):
+    settings = SimpleNamespace(faces="sample", folder=tmp_path / "sample", cache=tmp_path / "cache")
+    code = "import sys, pathlib, utils.download as d, utils.synthetic as s; "
+    code += "d.make_once(pathlib.Path(sys.argv[1]), s.draw_sample)"
+    process = subprocess.Popen([sys.executable, "-c", code, str(settings.folder)], cwd=ROOT)
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".sample-*/sample/*.jpg")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob(".sample*/*.jpg")) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.kill()
     assert process.wait(20) != 0
-    assert list(tmp_path.glob(".sample-*/sample/*.jpg")) and not folder.exists()
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-        patch.setattr("pathlib.Path.write_bytes", Mock(side_effect=OSError("disk full")))
-        synthetic.draw_sample(folder, 50)
-    assert not folder.exists()
-    synthetic.draw_sample(folder, 50)
-    assert len(list(folder.iterdir())) == 50
+    assert list(tmp_path.glob(".sample*/*.jpg")) and not settings.folder.exists()
+    monkeypatch.setattr(faces, "draw_sample", partial(synthetic.draw_sample, count=50))
+    assert (
+        len(faces.load_faces(settings).table) == 46 and len(list(settings.folder.iterdir())) == 50
+    )
     with pytest.raises(FileExistsError, match="remove it"):
-        synthetic.draw_sample(folder, 50)
+        synthetic.draw_sample(settings.folder, 50)

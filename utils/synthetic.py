@@ -1,13 +1,9 @@
-"""The drawn sample: faces whose age cues, label errors and lighting gap are known.
-
-A face follows from (seed, index), and both stand in its file name: see `get_truth`, `cue_masks`.
-"""
+"""Drawn faces: age cues, label errors and lighting gap are known, and follow from the name."""
 
 from collections import namedtuple
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import cv2
 import numpy as np
@@ -31,15 +27,13 @@ CLOTHES = ((66, 104, 146), (200, 98, 88), (88, 146, 124), (236, 196, 104), (122,
 SIDE = 2 * CHIP_SIZE  # faces are drawn at this size, then shrunk
 CURVE = np.array([((1 - t) ** 2, 2 * t * (1 - t), t * t) for t in np.linspace(0, 1, 13)])  # Bezier
 MOVED = np.maximum(np.arange(CHIP_SIZE) - 1, 0)  # columns of a face moved one pixel to the right
-# Who is in a file. `copy` numbers its near-duplicates; `age` is true, `label` is the name's; `tone`
-# is the skin's, 0 light to 1 dark; each cue has an apparent age of its own, `pace` times the true.
-Person = namedtuple(
-    "Person", "seed index copy kind age label gender ethnicity tone pace exposure quality"
-)
+# `age` is true, `label` in the name; `tone` 0 light to 1 dark; each cue looks `pace` x `age` old
+FIELDS = "seed index copy kind age label gender ethnicity tone pace exposure quality"
+Person = namedtuple("Person", FIELDS)
 
 
 def get_person(seed: int, index: int, copy: int = 0, gap: bool = True) -> Person:
-    """Person `index` of the sample `seed`, in UTKFace's codes; `gap` changes only the exposure."""
+    """Person of sample `seed`; `copy` numbers near-duplicates; `gap` changes only the exposure."""
     rng = np.random.default_rng([seed, index, 0])
     shares, tones, quantiles = zip(*GROUPS, strict=True)
     group, gender = int(rng.choice(5, p=shares)), int(rng.integers(2))
@@ -125,7 +119,6 @@ def _draw(person: Person, **ages: float) -> np.ndarray:
     down = 145 * long * (1 - np.exp(-ages["hairline"] / 5)) - 26  # of the hair, below the centre
     canvas = _background(rng)
     paint, glow = partial(_paint, canvas, pose), partial(_glow, canvas, pose)
-
     if down > 0:  # long hair, behind the body
         wide, high = width + min(13, down / 3), centre - top + min(6, down / 5)
         back = _arc(0, centre, wide, high, 180, 360), _arc(0, centre, wide, down, 0, 180, 3.5)
@@ -147,7 +140,6 @@ def _draw(person: Person, **ages: float) -> np.ndarray:
         x, y, radius = rng.uniform((28, 0, 5), (66, 1, 9))
         x, y = (0.62 * x, eye - 44 + 20 * y) if k < 3 else (x, eye + 26 + 40 * y)
         glow((x * (-1) ** k, y), radius, np.array((-26, -32, -34)) * _rise(ages["spots"], 14, 90))
-
     ink = np.zeros((SIDE, SIDE), np.uint8)  # lines: darker by as many levels on any skin
     trace = partial(_paint, ink, pose, both=True)
     brow, eyes, cheeks = (56 * _rise(ages[cue], 8, 84) for cue in CUES[3:6])
@@ -163,7 +155,6 @@ def _draw(person: Person, **ages: float) -> np.ndarray:
         trace(CURVE @ ((-half, y), (0, y + bend), (half, y)), brow, 2.2)
         trace(CURVE @ ((x - 12, z), (x - 6, z + 2 * k - 2), (x, z + 7 * k - 6)), eyes, 2)
     cv2.subtract(canvas, cv2.merge([cv2.GaussianBlur(ink, (0, 0), 1.0)] * 3), dst=canvas)
-
     iris = IRISES[rng.integers(len(IRISES))]  # eyes, brows and mouth
     size, gaze, lift, thick = rng.normal((1, 0, 0, 4.4), (0.05, 1.2, 1.5, 0.8))
     rx, ry, ball = size * (14 + 3 * young), size * (8.6 + 5.2 * young), size * (8 + 3 * young)
@@ -186,7 +177,6 @@ def _draw(person: Person, **ages: float) -> np.ndarray:
         paint(np.vstack((middle, CURVE @ (right, (0, low - 5), left))), teeth)
     else:
         paint(middle, red - 48, 1.8)
-
     sweep, fringe, volume, quiff = rng.uniform((-1, 0, 3, 0), (1, 1, 11, 9))  # front hair
     curl, waves = max(rng.uniform(-0.6, 0.4), 0), rng.uniform(14, 24)
     grown, lost = 1 - np.exp(-ages["hairline"] / 3), _rise(ages["hairline"], 20, 100)
@@ -238,8 +228,7 @@ def draw_face(person: Person) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """One photographed face, and which of its pixels depend on each age cue.
 
     Returns uint8 RGB [128, 128, 3], before JPEG, and for each of CUES bool [128, 128]: True where
-    the drawing changes by 6 levels (of 255) or more while this cue alone is 1, 25 and 95 years
-    old. So a child's forehead is marked as well: its being smooth tells its age.
+    the drawing changes by 6 levels (of 255) or more while this cue alone is 1, 25 and 95 years old.
     """
     masks = {}
     for cue in CUES:
@@ -263,8 +252,7 @@ def cue_masks(file_name: str) -> dict[str, np.ndarray]:
 def plan_sample(count: int = 2400, seed: int = 0, gap: bool = True) -> list[tuple]:
     """Name, person and defect ("" for none) of each file of a sample of 50 to 86,400.
 
-    Defects are UTKFace's: three names that lack a field, a readable name with a space, and a file
-    cut short. 3 % of the files are copies; every tenth of them is the second of the same face.
+    UTKFace's defects: 3 names lack a field, one has a space, one file is cut short; 3 % are copies.
     """
     copies = round(0.03 * count)
     order = np.random.default_rng([seed, count]).permutation(count - copies).tolist()
@@ -282,19 +270,11 @@ def plan_sample(count: int = 2400, seed: int = 0, gap: bool = True) -> list[tupl
 
 
 def draw_sample(folder: Path, count: int = 2400, seed: int = 0, gap: bool = True) -> None:
-    """Write a sample of `count` JPEG files: the same bytes for the same count, seed and gap.
-
-    They are drawn in a hidden folder, moved when complete. FileExistsError where `folder` is used.
-    """
+    """Write `count` JPEG files, always the same bytes; FileExistsError where `folder` holds any."""
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty: remove it to draw the sample anew")
-    folder.rmdir()
-    with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        complete = Path(temporary) / folder.name
-        complete.mkdir()
-        for name, person, defect in plan_sample(count, seed, gap):
-            image, quality = _photograph(person)[..., ::-1], person.quality
-            data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
-            (complete / name).write_bytes(data[:200] if defect == "corrupt" else data)
-        complete.replace(folder)
+    for name, person, defect in plan_sample(count, seed, gap):
+        image, quality = _photograph(person)[..., ::-1], person.quality
+        data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+        (folder / name).write_bytes(data[:200] if defect == "corrupt" else data)
