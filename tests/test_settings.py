@@ -66,7 +66,7 @@ def test_a_folder_means_your_own_faces(monkeypatch, tmp_path, data):
     own = get_settings()
     assert (own.faces, own.folder) == ("own", folder)
     assert own.backbone == get_settings("utkface").backbone and own.pretrained
-    assert "your own faces" in banner(own) and "UTKFace's" in banner(get_settings("sample"))
+    assert "your own faces" in banner(own) and "UTKFace's numbers" in banner(get_settings("sample"))
     assert get_settings(str(other)).cache != own.cache, "two folders of one name share a cache"
     monkeypatch.setenv("AGE_PUBLISH", "1")
     with pytest.raises(ValueError, match="not with your own faces"):

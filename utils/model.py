@@ -51,17 +51,15 @@ def small_network(outputs: int) -> nn.Sequential:
 
 
 class FaceMobileNet(nn.Module):
-    """MobileNet-v1 (Howard et al., 2017), 3.5 M parameters: normalised RGB images [B, 3, S, S], S a
-    multiple of 32 px, to [B, outputs]."""
+    """MobileNet-v1 (Howard et al., 2017): [B, 3, S, S], S a multiple of 32 px, to [B, outputs]."""
 
     def __init__(self, outputs: int, dropout: float = 0.2) -> None:
         super().__init__()
-        layers, width = [_convolution(3, 32, stride=2)], 32
-        for wide, stride in zip(WIDTHS, STRIDES, strict=True):
+        layers = [_convolution(3, 32, stride=2)]
+        for (width, wide), stride in zip(pairwise((32, *WIDTHS)), STRIDES, strict=True):
             depthwise = _convolution(width, width, stride, groups=width)
             layers.append(nn.Sequential(depthwise, _convolution(width, wide, kernel=1)))
-            width = wide
-        self.features, self.feature = nn.Sequential(*layers), nn.Linear(width, 256)
+        self.features, self.feature = nn.Sequential(*layers), nn.Linear(wide, 256)
         self.dropout, self.age = nn.Dropout(dropout), nn.Linear(256, outputs)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -117,8 +115,9 @@ def face_start() -> Path:
         for kind, sha256 in FACE_SHA256.items():
             fetch(FACE_START + kind, file.with_suffix(kind), sha256)
     except ConnectionError as error:
-        advice = f"fetch {FACE_START}.bin and .json and set AGE_FACE_WEIGHTS to the .bin"
-        raise ConnectionError(f"{error}. Or {advice}") from error
+        raise ConnectionError(
+            f"{error} and its .json; or set AGE_FACE_WEIGHTS to a copy"
+        ) from error
     return file
 
 
@@ -216,15 +215,14 @@ def build_model(
     age_scale: float = 20.0,
     examples: torch.Tensor | None = None,
 ) -> AgeRegressor:
-    """New model for `settings.backbone` at `settings.image_size`, seeded by `settings.seed`.
+    """New model of these settings. With `pretrained` it starts from the file in
+    AGE_BACKBONE_WEIGHTS where that is one of `save_weights` for the same backbone, or for
+    torchvision's networks a state dict (inputs normalised as ImageNet's, or as in
+    AGE_BACKBONE_MEAN_STD: "0.5,0.5"); else from torchvision's weights, or from `face_start` with
+    some hundred face crops, `examples` [N, 3, S, S] in 0-1.
 
-    With `settings.pretrained` it starts from the file in AGE_BACKBONE_WEIGHTS where that is one of
-    `save_weights` for the same backbone, or for torchvision's networks a state dict (with inputs
-    normalised as ImageNet's, or as in AGE_BACKBONE_MEAN_STD: "0.5,0.5"); else from torchvision's
-    weights, or from `face_start` with some hundred face crops, `examples` [N, 3, S, S] in 0-1.
-
-    Raises FileNotFoundError or ValueError where a file is missing, unreadable, or another
-    network's, and ConnectionError where weights cannot be downloaded.
+    Raises FileNotFoundError or ValueError where a file is missing, damaged or another network's,
+    and ConnectionError where weights cannot be downloaded.
     """
     name, file = settings.backbone, os.environ.get("AGE_BACKBONE_WEIGHTS")
     norm, origin, state = FACE_NORM if name == "face_mobilenet" else IMAGENET, "random", None
@@ -311,8 +309,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict | None]:
         ours = text.get("format") == json.dumps(FORMAT)
         return load_file(path), {k: json.loads(v) for k, v in text.items()} if ours else None
     except Exception as error:  # readers raise many kinds; all mean the same here
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{path} is damaged, or no file of weights: {reason}") from error
+        raise ValueError(f"{path} is damaged, or no file of weights ({error})") from error
 
 
 def _load(module: nn.Module, state: dict[str, torch.Tensor], origin: str) -> None:

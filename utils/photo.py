@@ -68,8 +68,8 @@ def decode_photo(data: bytes, name: str) -> np.ndarray:
                 raise Image.DecompressionBombError
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
-    except Image.UnidentifiedImageError:  # empty, a Git LFS pointer, a web page, what phones write
-        reason = "is no JPEG, PNG or WebP picture: export HEIC or PDF as one, or download it again"
+    except Image.UnidentifiedImageError:  # or empty, or a web page
+        reason = "is no JPEG, PNG or WebP: export HEIC or PDF as one (LFS pointer: git lfs pull)"
     except Image.DecompressionBombError:
         reason = "unpacks to more than 100 megapixels: not opened. Scale it down first"
     except Exception as error:  # decoders raise many kinds; all mean that the file is damaged

@@ -37,12 +37,9 @@ class Settings:
 
 
 def get_settings(faces: str | None = None) -> Settings:
-    """Settings for `faces`, else for the variable AGE_FACES: "sample", "utkface", or a folder of your
-    own images. Unset: UTKFace where `data/UTKFace` exists or UTKFACE_ARCHIVE names an archive, else
-    the sample. AGE_DATA moves the data folder, `data/`.
-
-    Raises ValueError where it is none of the three, or a published run is of your own faces.
-    """
+    """Settings for `faces`, else for the variable AGE_FACES: "sample", "utkface", or a folder of
+    your own images (or ValueError). Unset: UTKFace where `data/UTKFace` exists or UTKFACE_ARCHIVE
+    names an archive, else the sample. AGE_DATA moves the data folder, `data/`."""
     data = Path(os.environ.get("AGE_DATA") or ROOT / "data").expanduser().resolve()
     faces = (faces or os.environ.get("AGE_FACES", "")).strip()
     if not faces:
@@ -81,8 +78,7 @@ def banner(settings: Settings) -> str:
     if settings.faces == "utkface":
         return "This run uses UTKFace, as the text does."
     whose = "your own faces" if settings.faces == "own" else "the drawn sample"
-    text = f"This run uses {whose}. The numbers quoted in the text are UTKFace's: "
-    return text + "compare them\nwith the published outputs, not with the ones below."
+    return f"This run uses {whose}; the text quotes UTKFace's numbers, as the published pages show."
 
 
 def locate(name: str) -> Path:

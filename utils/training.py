@@ -60,9 +60,8 @@ def train(
     loss, one value a face, `augmentation` the strengths STANDARD. Arrays over the table: `sampling`
     draws training faces with replacement in these proportions, `weights` multiply their losses,
     `groups` (numbers) favour those that do worst (group DRO, Sagawa et al., 2020). Under torchrun
-    each process takes its share of the batch. Raises ValueError where `run` holds another
-    configuration, FloatingPointError where the loss is not finite.
-    """
+    each process takes its share of a batch. Raises ValueError where `run` holds another
+    configuration, FloatingPointError for a loss that is not finite."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     known, held = faces.table["split"] == "train", faces.table["split"] == "valid"
     if fold is not None:
@@ -193,14 +192,14 @@ def train(
 
 def batches(pixels: np.ndarray, rows: np.ndarray, size: int) -> Iterator[tuple]:
     """Whole batches: chips uint8 [size, 3, H, W] and their rows, gathered in the background."""
-    parts = rows[: len(rows) // size * size].reshape(-1, size)
+    parts = iter(rows[: len(rows) // size * size].reshape(-1, size))
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(_gather, pixels, parts[0])
-        for number, part in enumerate(parts, 1):
-            chips = waiting.result()
-            if number < len(parts):
-                waiting = pool.submit(_gather, pixels, parts[number])
+        gathered = pool.submit(_gather, pixels, part := next(parts))
+        for following in parts:
+            chips, gathered = gathered.result(), pool.submit(_gather, pixels, following)
             yield chips, part
+            part = following
+        yield gathered.result(), part
 
 
 def _gather(pixels: np.ndarray, rows: np.ndarray) -> torch.Tensor:
@@ -220,8 +219,7 @@ def _average(steps: int) -> Callable:
 
 
 def _precision(model: AgeRegressor, device: torch.device) -> torch.dtype:
-    """bfloat16 or float16 where the processor is made for it and the network gains."""
-    if device.type == "cuda":
+    if device.type == "cuda":  # which has bfloat16 since compute capability 8
         return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
     can, groups = torch.cpu.get_capabilities(), (getattr(m, "groups", 1) for m in model.modules())
     # Depthwise convolutions wait for memory: on a CPU bfloat16 slows most such networks down.
@@ -289,17 +287,15 @@ def _say(text: str) -> None:
 
 
 def trained_model(faces: Faces, settings: Settings, progress: bool = True) -> AgeRegressor:
-    """The network of notebook 4: your own run of it, else the published weights if the faces are
-    UTKFace's, else a training now. Raises ValueError where the weights know another split."""
+    """Your own run of notebook 4, else the published weights for UTKFace, else a training now.
+    Raises ValueError where the weights know another split."""
     run = settings.runs / "cnn_regression"
     if run.is_dir() or settings.faces != "utkface" or not CHECKPOINT.is_file():
         return train(faces, settings, run, progress=progress)
     model, facts = load_weights(CHECKPOINT)
     if facts["split_digest"] != split_digest(faces.table):
-        raise ValueError(
-            f"{CHECKPOINT.name} was trained on another split of UTKFace and may know your test "
-            "faces: train your own model in notebook 4"
-        )
+        known = "was trained on another split and may know your test faces: train your own model"
+        raise ValueError(f"{CHECKPOINT.name} {known}")
     _say(f"published weights, valid MAE {facts['valid_mae']:.2f} years; loaded")
     return model
 
@@ -315,12 +311,11 @@ def predict(
     corrupt: Callable[[torch.Tensor], torch.Tensor] | None = None,
     read: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> np.ndarray:
-    """Ages in years, float32 [len(rows)], of `pixels[rows]` (uint8 RGB [N, H, W, 3]), in float32.
+    """Ages in years, float32 [len(rows)], of `pixels[rows]` (uint8 RGB [N, H, W, 3]).
 
-    `flip` averages each face with its mirror image; `corrupt` changes the uint8 chips [B, 3, H, W]
-    before they are resized, as utils.augment.corruption does; `read` turns the model's outputs into
-    something else than ages: `model.ages_and_spreads` gives [len(rows), 2]. Raises TypeError for a
-    mask: give row numbers.
+    `flip` averages each face with its mirror image; `corrupt` changes the uint8 chips [B, 3, H, W],
+    as utils.augment.corruption does; `read` turns the model's outputs into something else than
+    ages: `model.ages_and_spreads` gives [len(rows), 2]. Raises TypeError for a mask.
     """
     rows, read = np.asarray(rows), read or model.ages
     if rows.dtype == bool:
