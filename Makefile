@@ -69,7 +69,7 @@ publish: $(READY)
 	@$(BIN)/python -m utils.publish
 	@printf '%s\n' $(NOTEBOOKS) | AGE_FACES=utkface AGE_PUBLISH=1 WRITE=--inplace STOP=255 \
 		xargs -n 1 bash -c "$$RUN" run
-	@AGE_FACES=utkface AGE_PUBLISH=1 $(BIN)/python -m utils.publish
+	@$(BIN)/python -m utils.publish
 	@echo "Done. Look at the notebooks and at figures/ before you commit them."
 
 clean:

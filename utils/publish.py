@@ -1,4 +1,4 @@
-"""Colab's set-up; and setup cells, results and picture, written by `python -m utils.publish`."""
+"""Colab's set-up; and setup cells and results, written by `python -m utils.publish`."""
 
 import importlib.metadata
 import json
@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 from utils.evaluation import show
-from utils.settings import CHECKPOINT, ROOT, Settings, get_settings
+from utils.settings import CHECKPOINT, ROOT
 
 SETUP = (ROOT / "utils" / "setup_cell.txt").read_text("utf-8").rstrip()
 FOLDED = {"cellView": "form", "jupyter": {"source_hidden": True}, "tags": ["setup", "hide-input"]}
@@ -75,31 +75,6 @@ def pages() -> dict:
     return cells | {p: with_results(p.read_text("utf-8"), results) for p in cards}
 
 
-def picture(settings: Settings) -> None:
-    """Draw average_faces_by_age: mean training faces above the answers for test faces (90 %)."""
-    import pandas as pd
-    import seaborn as sns
-
-    from utils import faces, plots
-
-    plots.set_style()
-    plots.plt.figure(figsize=(11, 6))
-    table, pixels, _ = faces.load_faces(settings)
-    answers = pd.read_csv(ROOT / "figures" / "predictions_test.csv").query("age < 90")
-    axis = sns.lineplot(x=answers["age"] // 5 * 5 + 2, y=answers["predicted"], estimator="median",
-                        errorbar=("pi", 90))  # fmt: skip
-    axis.plot([0, 90], [0, 90], "k--")
-    for age in range(0, 91, 10):
-        rows = table.query("split == 'train' and @age - 2 <= age <= @age + 2").index
-        assert len(rows) >= plots.FEWEST, f"{len(rows)} faces of about {age} years are too few"
-        axis.imshow(pixels[rows].mean(0) / 255, extent=(age - 4.7, age + 4.7, 98, 120), zorder=3)
-    axis.set(aspect="auto", ylim=(0, 121), xticks=range(0, 91, 10), yticks=range(0, 91, 10))
-    axis.set(xlim=(-5, 95), xlabel="label, and average face (years)", ylabel="answer (years)")
-    plots.save(axis.figure, settings, "average_faces_by_age")
-
-
 if __name__ == "__main__":
     for page, text in pages().items():
         page.write_text(text, "utf-8")
-    if get_settings().publish:
-        picture(get_settings())
