@@ -1,10 +1,5 @@
-"""How large the error is, for whom, and how sure we are: figures with 95 % intervals.
-
-Works on the prediction table: the face table (`age`, duplicate `group`, ...) plus `predicted` and,
-for conformal intervals, `spread`, all in years. A figure is a dict or row of value, low, high, n.
-"""
-
-from __future__ import annotations
+"""How large the error is, for whom, and how sure we are: figures (value, low, high, n) with 95 %
+intervals, from the prediction table: the face table plus `predicted` and `spread`, in years."""
 
 import json
 from functools import lru_cache
@@ -18,7 +13,6 @@ from utils.settings import write_atomically
 
 AGE_BANDS = {f"{low}-{low + 9}": low for low in range(0, 70, 10)} | {"70+": 70}  # lowest ages
 SMALL = 30  # faces: the figure of a smaller group is not worth comparing
-DRAWS = 2000  # bootstrap resamples
 
 
 def age_band(ages: pd.Series) -> pd.Series:
@@ -26,11 +20,9 @@ def age_band(ages: pd.Series) -> pd.Series:
     return pd.cut(ages, [*AGE_BANDS.values(), np.inf], right=False, labels=list(AGE_BANDS))
 
 
-def mean_interval(values: np.ndarray, groups: pd.Series, draws: int = DRAWS, over=1.0) -> dict:
-    """Mean of `values` [N] with its 95 % percentile interval from a cluster bootstrap: faces of one
-    duplicate group are drawn together, since their errors are not independent (Davison & Hinkley,
-    Bootstrap Methods, 1997, ch. 3.8). With `over` [N], of the same faces, it is the mean of
-    `values` over that of `over`. NaN where there is no face."""
+def mean_interval(values: np.ndarray, groups: pd.Series, draws: int = 2000, over=1.0) -> dict:
+    """Mean of `values` [N], or its ratio to that of `over`, and an interval: a bootstrap of whole
+    duplicate groups, whose errors are alike (Davison & Hinkley, 1997, ch. 3.8). NaN if N is 0."""
     if not len(values):
         return {"value": np.nan, "low": np.nan, "high": np.nan, "n": 0}
     codes, columns = pd.factorize(groups)[0], np.broadcast_arrays(np.asarray(values, float), over)
@@ -49,90 +41,71 @@ def _resamples(groups: int, draws: int) -> np.ndarray:
 
 def metrics(predictions: pd.DataFrame) -> pd.DataFrame:
     """MAE (years), CS@5 (share within 5 years) and bias (years, + is too old), with intervals."""
-    error = (predictions["predicted"] - predictions["age"]).to_numpy(float)
-    figures = {"MAE": np.abs(error), "CS@5": np.abs(error) <= 5, "bias": error}
-    rows = {name: mean_interval(v, predictions["group"]) for name, v in figures.items()}
-    return pd.DataFrame(rows).T.astype({"n": int})
+    error, group = predictions["predicted"] - predictions["age"], predictions["group"]
+    figures = {"MAE": error.abs(), "CS@5": error.abs() <= 5, "bias": error}
+    return pd.DataFrame([mean_interval(v, group) for v in figures.values()], list(figures))
 
 
 def metrics_by(predictions: pd.DataFrame, key: str | pd.Series, metric="MAE") -> pd.DataFrame:
     """One of `metrics` for each value of a column or a series: a row each."""
-    parts = predictions.groupby(key, observed=True)
-    rows = {name: metrics(part).loc[metric] for name, part in parts}
+    rows = {k: metrics(part).loc[metric] for k, part in predictions.groupby(key, observed=True)}
     return pd.DataFrame(rows).T.astype({"n": int}).rename_axis(getattr(key, "name", key))
 
 
 def label_pairs(table: pd.DataFrame) -> pd.DataFrame:
     """Every pair of byte-identical files: file, other_file, age, other_age, difference, group."""
-    faces = table[["file", "age", "group", "sha256"]].assign(row=range(len(table)))
-    pairs = faces.merge(faces.add_prefix("other_"), left_on="sha256", right_on="other_sha256")
-    pairs = pairs[pairs["row"] < pairs["other_row"]].reset_index(drop=True)
-    pairs["difference"] = (pairs["age"] - pairs["other_age"]).abs()
-    return pairs[["file", "other_file", "age", "other_age", "difference", "group"]]
+    faces = table.set_index("sha256")[["file", "age", "group"]]
+    pairs = faces.join(faces.add_prefix("other_")).query("file < other_file").reset_index(drop=True)
+    return pairs.assign(difference=(pairs["age"] - pairs["other_age"]).abs())
 
 
 def label_noise(pairs: pd.DataFrame) -> dict:
-    """The MAE (years) that label noise alone would give: if both labels have independent normal
-    errors of one spread, they differ by root two times one's mean error."""
+    """The MAE (years) of labels with independent normal errors that differ as these pairs do."""
     return mean_interval(pairs["difference"] / np.sqrt(2), pairs["group"])
 
 
-def standardised(predictions: pd.DataFrame, key="ethnicity", draws=DRAWS, **options) -> tuple:
-    """MAE (years) of each group of people as if all groups had the same ages.
-
-    Direct standardisation: sum over age bands b of share_b * MAE_gb. `options`: `bands` of the
-    faces (default: `age_band`); `standard`, the share of each band (default: among all faces);
-    `fewest`: bands with fewer (default: 5) faces of any group are left out for all groups.
-    Returns a table, and the MAE [draws, groups] in resamples of whole duplicate groups: the same
-    ones for the same faces, so two models' can be subtracted. ValueError where no band is left."""
-    rows = _comparable(predictions, key, **options)
-    group, mae = rows.pop("group"), _at_equal_age(**rows)
-    weights = _resamples(group.max() + 1, draws)[:, group]
-    resamples = np.array([_at_equal_age(**rows, weights=drawn) for drawn in weights])
+def standardised(predictions: pd.DataFrame, key="ethnicity", draws=2000, **options) -> tuple:
+    """MAE (years) of each group of people at equal age: the sum over bands of share x MAE; and its
+    resamples [draws, groups], the same for the same faces. Options: `bands`; `standard`, their
+    shares; `fewest` faces (5) of every group, or a band is dropped. ValueError if all are."""
+    *rows, group = _comparable(predictions, key, **options)
+    resamples = [_at_equal_age(*rows, drawn[group]) for drawn in _resamples(max(group) + 1, draws)]
     low, high = np.nanquantile(resamples, [0.025, 0.975], axis=0)
-    names, n = np.unique(predictions[key].astype(str)), np.bincount(rows["people"])
-    return pd.DataFrame({"value": mae, "low": low, "high": high, "n": n}, names), resamples
+    table = {"value": _at_equal_age(*rows), "low": low, "high": high, "n": np.bincount(rows[0])}
+    return pd.DataFrame(table, np.unique(predictions[key].astype(str))), np.array(resamples)
 
 
 def gap(table: pd.DataFrame, resamples: np.ndarray, spread=np.ptp) -> dict:
-    """The gap (years) between the groups of `standardised`, by default largest minus smallest. Of
-    noisy means that is too large on average. The interval is the basic bootstrap's, which turns
-    this bias about (Davison & Hinkley, ch. 5.2), cut off at 0."""
+    """Largest minus smallest MAE (years), or another `spread`, of `standardised`. Of noisy means it
+    is too large on average: a basic bootstrap interval (Davison & Hinkley, ch. 5.2), at least 0."""
     value, n = float(spread(table["value"].to_numpy(), axis=0)), int(table["n"].sum())
     low, high = 2 * value - np.nanquantile(spread(resamples, axis=1), [0.975, 0.025])
     return {"value": value, "low": max(0.0, low), "high": max(0.0, high), "n": n}
 
 
 def gap_p_value(predictions: pd.DataFrame, key="ethnicity", draws=1000, **options) -> float:
-    """Share of permutations with a gap as large: people shuffled within age bands, duplicates
-    together. Small means that the gap is more than chance. `options` as in `standardised`."""
-    rows, rng = _comparable(predictions, key, **options), np.random.default_rng(0)
-    _, first, place = np.unique(rows.pop("group"), return_index=True, return_inverse=True)
-    band, people, observed = rows["band"][first], rows["people"][first], _at_equal_age(**rows)
-    by_band, larger, shuffled = np.argsort(band, kind="stable"), 0, people.copy()
+    """Share of permutations of people, in age bands, duplicates together, with a gap as large."""
+    people, *rows, group = _comparable(predictions, key, **options)
+    _, first, place = np.unique(group, return_index=True, return_inverse=True)
+    band, observed, gaps = rows[0][first], np.ptp(_at_equal_age(people, *rows)), []
+    rng, shuffled, by_band = np.random.default_rng(0), people[first], np.argsort(band, stable=True)
     for _ in range(draws):
-        shuffled[by_band] = people[np.lexsort((rng.random(len(band)), band))]
-        rows["people"] = shuffled[place]
-        larger += np.ptp(_at_equal_age(**rows)) >= np.ptp(observed) - 1e-9
-    return (1 + larger) / (1 + draws)
+        shuffled[by_band] = people[first][np.lexsort((rng.random(len(band)), band))]
+        gaps.append(np.ptp(_at_equal_age(shuffled[place], *rows)))
+    return (1 + np.sum(np.array(gaps) >= observed - 1e-9)) / (1 + draws)
 
 
-def _comparable(predictions, key, bands=None, standard=None, fewest=5) -> dict:
-    """Arrays [N] of the faces whose age band has enough of every group."""
+def _comparable(predictions, key, bands=None, standard=None, fewest=5) -> list[np.ndarray]:
+    """People, band, its share, error and duplicate group of the faces in bands that are kept."""
+    people, error = predictions[key].astype(str), predictions["predicted"] - predictions["age"]
     bands = age_band(predictions["age"]) if bands is None else bands
-    counts = pd.crosstab(bands, predictions[key].astype(str))
-    kept = counts.index[(counts >= fewest).all(axis=1)]
-    if kept.empty:
+    counts = pd.crosstab(bands, people)[lambda counts: (counts >= fewest).all(axis=1)]
+    if counts.empty:
         raise ValueError(f"no age band has {fewest} faces of every {key}: nothing to compare")
-    standard = counts.sum(axis=1) if standard is None else standard
-    rows = {
-        "people": pd.factorize(predictions[key].astype(str), sort=True)[0],
-        "band": kept.get_indexer(bands),
-        "share": bands.astype(object).map(standard.to_dict()).fillna(0).to_numpy(float),
-        "error": (predictions["predicted"] - predictions["age"]).abs().to_numpy(float),
-        "group": pd.factorize(predictions["group"])[0],
-    }
-    return {name: values[rows["band"] >= 0] for name, values in rows.items()}
+    share = bands.astype(object).map(dict(counts.sum(axis=1) if standard is None else standard))
+    people, group = pd.factorize(people, sort=True)[0], pd.factorize(predictions["group"])[0]
+    band, share = counts.index.get_indexer(bands), share.fillna(0).to_numpy(float)
+    return [x[band >= 0] for x in (people, band, share, error.abs().to_numpy(float), group)]
 
 
 def _at_equal_age(people, band, share, error, weights=1) -> np.ndarray:
@@ -144,57 +117,44 @@ def _at_equal_age(people, band, share, error, weights=1) -> np.ndarray:
 
 
 def conformal(predictions: pd.DataFrame, level: float = 0.9) -> dict:
-    """How many spreads an interval must reach to hold `level` of the ages, by predicted age.
-
-    Split-conformal prediction (Angelopoulos & Bates, 2021, sec. 2): a band's factor is the
-    ceil((n + 1) level)-th smallest of its n errors over spreads, or that of all faces if n < SMALL.
-    Learn it on faces new to the network. Returns level, edges (years) and factors, for JSON.
-    Raises ValueError where a spread is missing."""
-    if not (predictions["spread"] > 0).all():
-        raise ValueError("a face has no spread: the model's head must be a distribution")
-    scores = ((predictions["predicted"] - predictions["age"]).abs() / predictions["spread"]).array
-    edges, factors = list(AGE_BANDS.values()), []
-    bands = np.searchsorted(edges[1:], predictions["predicted"], side="right")
-    for band in range(len(edges)):
-        own = scores[bands == band] if (bands == band).sum() >= SMALL else scores
-        place = int(np.ceil((len(own) + 1) * level)) - 1
-        factors.append(round(float(np.append(np.sort(own), np.inf)[place]), 4))
-    return {"level": level, "edges": edges, "factors": factors}
+    """How many spreads an interval must reach to hold `level` of the ages, by predicted age (edges
+    of bands in years): the ceil((n + 1) level)-th smallest of a band's n errors over spreads, or of
+    all if n < SMALL. Split-conformal, on new faces (Angelopoulos & Bates, 2021, sec. 2)."""
+    scores = (predictions["predicted"] - predictions["age"]).abs() / predictions["spread"]
+    bands = scores.groupby(age_band(predictions["predicted"]), observed=False)
+    parts = [[*(own if len(own) >= SMALL else scores), np.inf] for _, own in bands]
+    factors = np.round([np.quantile(own, level, method="inverted_cdf") for own in parts], 4)
+    return {"level": level, "edges": list(AGE_BANDS.values()), "factors": factors.tolist()}
 
 
 def interval(predicted, spread, table: dict) -> tuple[np.ndarray, np.ndarray]:
     """Lowest and highest age (years, never below 0) [N] of each face, by a table of `conformal`."""
-    predicted, spread = np.asarray(predicted, float), np.asarray(spread, float)
-    bands = np.searchsorted(table["edges"][1:], predicted, side="right")
-    reach = np.asarray(table["factors"])[bands] * spread
+    predicted, bands = np.asarray(predicted, float), np.digitize(predicted, table["edges"][1:])
+    reach = np.take(table["factors"], bands) * np.asarray(spread)
     return np.maximum(predicted - reach, 0), predicted + reach
 
 
 def record(folder: Path, **figures) -> None:
-    """Add figures, tables of them, nested dicts or facts to `results.json` in a folder. Others in
-    the file stay, also where two notebooks record at once or one is killed while it does. NaN
-    becomes null. Raises TypeError for what JSON cannot hold."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path, new = folder / "results.json", _plain(figures)
-    with FileLock(folder / ".results.json.lock"):
+    """Add figures, tables of them, nested dicts or facts to a folder's `results.json`. What else is
+    in it stays, also where two notebooks record at once. Raises TypeError for what JSON lacks."""
+    path = folder / "results.json"
+    with FileLock(folder / ".results.json.lock"):  # which makes the folder, too
         results = json.loads(path.read_text()) if path.is_file() else {}
-        text = json.dumps(results | new, indent=1, sort_keys=True, allow_nan=False) + "\n"
-        write_atomically(path, lambda file: file.write_text(text))
+        text = json.dumps(results | _plain(figures), indent=1, sort_keys=True, allow_nan=False)
+        write_atomically(path, lambda file: file.write_text(text + "\n"))
 
 
 def _plain(value, name: str = ""):
     """As JSON holds it: four decimals, or four digits where that would be fewer; NaN is null."""
     if isinstance(value, pd.DataFrame | pd.Series | dict):
-        rows = value.T if isinstance(value, pd.DataFrame) else value
-        return {str(key): _plain(item, key) for key, item in rows.items()}
+        return {str(key): _plain(item, key) for key, item in getattr(value, "T", value).items()}
     value = value.item() if isinstance(value, np.generic) else value
     if not isinstance(value, float) or not np.isfinite(value):
         return None if isinstance(value, float) else value
-    rounded = float(f"{value:.4f}" if abs(value) >= 0.1 else f"{value:.4g}")
-    return int(value) if name == "n" else rounded
+    form = ".4f" if abs(value) >= 0.1 else ".4g"
+    return int(value) if name == "n" else float(format(value, form))
 
 
 def show(figure: dict | pd.Series, digits: int = 2) -> str:
     """A figure as text: `4.90 [4.71, 5.10], n = 2,384`."""
-    form = "{value:.{d}f} [{low:.{d}f}, {high:.{d}f}], n = {n:,.0f}"
-    return form.format(d=digits, **figure)
+    return "{value:.{d}f} [{low:.{d}f}, {high:.{d}f}], n = {n:,.0f}".format(d=digits, **figure)
