@@ -47,8 +47,8 @@ def age_maps(model: AgeRegressor, pixels: np.ndarray, rows: np.ndarray, layer: n
 
 def faithfulness(model: AgeRegressor, images: Tensor, maps: np.ndarray, signed=True) -> np.ndarray:
     """Half of how much more the ages of images [N, 3, s, s] in 0-1 fall (signed) or move if pixels
-    of the highest (strongest) map go than if those of the lowest do: years [N], 0 for a map that
-    knows nothing. ROAD (Rong et al., ICML 2022): 20 and 50 % are guessed from their neighbours."""
+    of the highest (strongest) map go than if those of the lowest do: years [N], about 0 for a
+    random map. ROAD (Rong et al., ICML 2022): 20 and 50 % are guessed from their neighbours."""
     images, side = images.to(model.mean.device), images.shape[-1]
     order = np.stack([cv2.resize(m, (side, side), interpolation=cv2.INTER_CUBIC) for m in maps])
     order = (order if signed else np.abs(order)).reshape(len(maps), -1)
