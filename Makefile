@@ -66,10 +66,10 @@ data: $(READY)
 
 publish: $(READY)
 	@mkdir -p build
-	@$(BIN)/python -m utils.publish
+	@$(BIN)/python .ci/publish.py
 	@printf '%s\n' $(NOTEBOOKS) | AGE_FACES=utkface AGE_PUBLISH=1 WRITE=--inplace STOP=255 \
 		xargs -n 1 bash -c "$$RUN" run
-	@$(BIN)/python -m utils.publish
+	@$(BIN)/python .ci/publish.py
 	@echo "Done. Look at the notebooks and at figures/ before you commit them."
 
 clean:

@@ -19,7 +19,7 @@ from utils.settings import CHIP_SIZE, ROOT, get_settings
 NAMES = [f"{20 + i}_{i % 2}_{i % 5}_20170116{i:09d}.jpg.chip.jpg" for i in range(12)]
 ORANGE = (230, 120, 40)  # RGB
 DAMAGED = "cannot be decoded: damaged, cut off or not an image"
-NO_IMAGE = "no image file with a printable name"
+NO_IMAGE = "no image file with a printable name in the folder"
 HASHES = np.random.default_rng(0).integers(0, 256, (10, 32), dtype=np.uint8)
 NO_AGE = "no age between 0 and 120, or a second row of labels.csv"
 

@@ -7,7 +7,7 @@ import shutil
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -60,33 +60,44 @@ def file_sha256(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
+def _members(source: Path) -> Iterator[tuple[str, bytes]]:
+    """Name and bytes of each file of a folder, or of a tar or zip; never a link."""
+    if source.is_dir():
+        yield from ((path.name, path.read_bytes()) for path in source.rglob("*.jpg"))
+        return
+    zipped = zipfile.is_zipfile(source)
+    with zipfile.ZipFile(source) if zipped else tarfile.open(source) as packed:
+        for member in packed.infolist() if zipped else filter(tarfile.TarInfo.isreg, packed):
+            name = Path(member.filename if zipped else member.name).name
+            yield name, (packed.open if zipped else packed.extractfile)(member).read()
+
+
 def unpack(source: Path, folder: Path) -> None:
-    """Make a folder of UTKFace's images from a tar or zip; ValueError where it lacks any."""
-    original = set(pd.read_csv(MANIFEST, dtype=str).itertuples(index=False, name=None))
-    images, reason = {}, ""
+    """Make a folder of the images in a source that are UTKFace's; ValueError if any is lacking."""
+    original, images, reason = _manifest(), {}, ""
     try:
-        zipped = zipfile.is_zipfile(source)
-        with zipfile.ZipFile(source) if zipped else tarfile.open(source) as packed:
-            for member in packed.infolist() if zipped else filter(tarfile.TarInfo.isreg, packed):
-                name = Path(member.filename if zipped else member.name).name
-                data = (packed.open if zipped else packed.extractfile)(member).read()
-                if (name, hashlib.sha256(data).hexdigest()[:16]) in original:  # and nothing else
-                    images[name] = data
+        for name, data in _members(source):
+            if (name, hashlib.sha256(data).hexdigest()[:16]) in original:  # and nothing else
+                images[name] = data
     except Exception as error:  # readers of a damaged archive raise nearly anything
         reason = f" ({error})"
-    if lacking := len(original) - len(images):
-        text = f"{source} lacks {lacking:,} images of UTKFace{reason}: fetch it again "
-        raise ValueError(text + "(data/README.md), or unset UTKFACE_ARCHIVE and run `make data`")
+    if lacking := sorted({name for name, _ in original} - set(images)):
+        text = f"{source} lacks {len(lacking):,} images of UTKFace, first {lacking[0]}{reason}: "
+        advice = "fetch it again (data/README.md), or unset UTKFACE_ARCHIVE and run `make data`"
+        raise ValueError(text + advice)
     folder.mkdir()
     for name, data in images.items():
         (folder / name).write_bytes(data)
 
 
+def _manifest() -> set[tuple[str, str]]:
+    return set(pd.read_csv(MANIFEST, dtype=str).itertuples(index=False, name=None))
+
+
 def check(folder: Path) -> str:
     """How a folder differs from the original UTKFace, by names and sha256; "" if it does not."""
     found = {(path.name, file_sha256(path)[:16]) for path in folder.glob("[!.]*") if path.is_file()}
-    original = set(pd.read_csv(MANIFEST, dtype=str).itertuples(index=False, name=None))
-    names = sorted({name for name, _ in found ^ original})
+    names = sorted({name for name, _ in found ^ _manifest()})
     return f"{len(names):,} files missing, changed or extra, first {names[0]}" if names else ""
 
 

@@ -86,8 +86,9 @@ def _read(folder: Path, row: dict) -> tuple[dict, bytes]:
     """A file's row of the table and its pixels; or its name, why it is left out, and no pixels."""
     name, path = row["file"], folder / row["file"]
     try:
-        if not (path.is_file() and name.lower().endswith(IMAGE_TYPES) and name.isprintable()):
-            raise ValueError("no image file with a printable name")
+        inside = path.is_relative_to(folder) and ".." not in path.parts and name.isprintable()
+        if not (inside and path.is_file() and name.lower().endswith(IMAGE_TYPES)):
+            raise ValueError("no image file with a printable name in the folder")
         labels = row if "age" in row else row | parse_name(name) | {"person": ""}
         if not 0 <= labels["age"] <= OLDEST:
             raise ValueError(f"no age between 0 and {OLDEST}, or a second row of {LABELS}")

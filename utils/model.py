@@ -145,30 +145,28 @@ class AgeRegressor(nn.Module):
         outputs = {"distribution": OLDEST + 1, "regression": 1}[head]
         self.backbone_name = backbone if isinstance(backbone, str) else type(backbone).__name__
         self.image_size, self.head, self.origin = image_size, head, "random"
-        own = {"face_mobilenet": FaceMobileNet, "small": small_network}
-        if backbone in own:
+        if backbone in (own := {"face_mobilenet": FaceMobileNet, "small": small_network}):
             backbone = own[backbone](outputs)
         elif isinstance(backbone, str):
             backbone = get_model(backbone, weights=None, num_classes=outputs)
-        self.backbone = backbone
+        self.backbone, years = backbone, torch.arange(OLDEST + 1.0)
         self.last_layer = [n for n, m in backbone.named_modules() if isinstance(m, nn.Linear)][-1]
-        last, years = backbone.get_submodule(self.last_layer), torch.arange(OLDEST + 1.0)
+        last = backbone.get_submodule(self.last_layer)
         nn.init.normal_(last.weight, std=0.01)
         nn.init.zeros_(last.bias)
         if head == "distribution":  # start from the normal curve of the training ages
             last.bias.data.copy_(-((years - age_mean) ** 2) / (2 * age_scale**2))
         self.register_buffer("years", years, persistent=False)
-        for name, value in (("mean", mean), ("std", std)):
-            self.register_buffer(name, torch.tensor(value, dtype=torch.float32).view(1, 3, 1, 1))
-        for name, value in (("age_mean", age_mean), ("age_scale", age_scale)):
-            self.register_buffer(name, torch.tensor(float(value)))
+        numbers = {"mean": mean, "std": std, "age_mean": age_mean, "age_scale": age_scale}
+        for name, value in numbers.items():
+            shape = (1, 3, 1, 1) if name in ("mean", "std") else ()
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float32).view(shape))
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Ages in years [B] of RGB images [B, 3, h, w], floats in 0-1."""
+    def forward(self, images: torch.Tensor) -> torch.Tensor:  # ages in years [B]
         return self.ages(self.outputs(images))
 
     def outputs(self, images: torch.Tensor) -> torch.Tensor:
-        """What the backbone outputs, float32 [B, K]: one number, or the logits of the head."""
+        """Of the backbone, float32 [B, K], for RGB images [B, 3, h, w], floats in 0-1."""
         return self.backbone(self.normalised(images)).float()
 
     def normalised(self, images: torch.Tensor) -> torch.Tensor:
@@ -261,12 +259,12 @@ def build_model(
 def save_weights(model: AgeRegressor, path: Path, **facts: object) -> None:
     """Write the weights and all that prediction needs to one safetensors file, atomically. `facts`
     (values that JSON can hold: split digest, training settings, ...) join the metadata."""
-    packages = ("torch", "torchvision", "safetensors", "numpy")
+    libraries = {n: importlib.metadata.version(n) for n in ("torch", "torchvision", "numpy")}
     own = {"format": FORMAT, "version": VERSION, "backbone": model.backbone_name, "crop": CROP}
     own |= {name: getattr(model, name) for name in ("head", "image_size", "origin")}
     own |= {name: getattr(model, name).flatten().tolist() for name in ("mean", "std")}
-    own |= {name: getattr(model, name).item() for name in ("age_mean", "age_scale")}
-    own["libraries"] = {name: importlib.metadata.version(name) for name in packages}
+    own |= {"age_mean": model.age_mean.item(), "age_scale": model.age_scale.item()}
+    own["libraries"] = libraries
     text = {key: json.dumps(value) for key, value in (own | facts).items()}
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     write_atomically(Path(path), lambda file: file.write_bytes(save(tensors, text)))

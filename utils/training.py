@@ -62,7 +62,7 @@ def train(
     `groups` (numbers) favour those that do worst (group DRO, Sagawa et al., 2020). Under torchrun
     each process takes its share of a batch. Raises ValueError where `run` holds another
     configuration, FloatingPointError for a loss that is not finite."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = (int(os.environ.get(*given)) for given in (("RANK", 0), ("WORLD_SIZE", 1)))
     known, held = faces.table["split"] == "train", faces.table["split"] == "valid"
     if fold is not None:
         known = faces.table["fold"] != fold
@@ -107,14 +107,11 @@ def train(
         precision = _precision(model, device)
         scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
         shares = None if groups is None else torch.ones(int(groups.max()) + 1, device=device)
-        names = ("model", "average", "optimizer", "schedule", "scaler")
-        parts = dict(zip(names, (model, average, optimizer, schedule, scaler), strict=True))
-        log = []
+        parts, log = [model, average, optimizer, schedule, scaler], []
         if checkpoint.is_file():
-            kept = torch.load(checkpoint, map_location=device, weights_only=True)
-            for name, part in parts.items():
-                part.load_state_dict(kept[name])
-            log, shares = kept["log"], kept["shares"]
+            states, log, shares = torch.load(checkpoint, map_location=device, weights_only=True)
+            for part, state in zip(parts, states, strict=True):
+                part.load_state_dict(state)
             _say(f"{run.name}: resumed after epoch {len(log)}")
 
         for epoch in range(len(log), settings.epochs):
@@ -166,10 +163,9 @@ def train(
             valid_mae = float(np.abs(found - ages[valid_rows].numpy()).mean())
             seconds, speed = time.perf_counter() - start, steps * size * world / trained
             row = epoch + 1, train_mae, valid_mae, schedule.get_last_lr()[0], seconds, speed
-            log = [*log, dict(zip(COLUMNS, row, strict=True))]
+            log.append(dict(zip(COLUMNS, row, strict=True)))
             write_atomically(run / "history.csv", partial(pd.DataFrame(log).to_csv, index=False))
-            kept = {name: part.state_dict() for name, part in parts.items()}
-            kept |= {"log": log, "shares": shares}
+            kept = [part.state_dict() for part in parts], log, shares
             write_atomically(checkpoint, partial(torch.save, kept))
             errors = f"train MAE {train_mae:.2f}, valid MAE {valid_mae:.2f} years"
             _say(f"epoch {epoch + 1}/{settings.epochs}: {errors}, {seconds:.0f} s")
@@ -250,31 +246,29 @@ def _configuration(faces, settings, fold, net, loss, strengths, arrays) -> dict:
 @contextmanager
 def _claimed(run: Path, configuration: dict, world: int) -> Iterator[None]:
     """The run's folder, for one training of this configuration at a time; another waits."""
-    path, now = run / "configuration.json", json.dumps(configuration)
     lock, random_state = FileLock(run.with_name(f".{run.name}.lock")), torch.get_rng_state()
     try:
         run.mkdir(parents=True, exist_ok=True)
-        with suppress(Timeout):
-            lock.acquire(timeout=2)
-        if not lock.is_locked:
-            _say(f"{run.name}: another process is training it; waiting for its end ...")
-            lock.acquire()
-        if not path.is_file():
-            write_atomically(path, lambda file: file.write_text(now))
+        lock.acquire(timeout=2)
+    except Timeout:
+        _say(f"{run.name}: another process is training it; waiting for its end ...")
+        lock.acquire()
     except OSError as error:
         raise OSError(f"{run} cannot be made ({error}): set AGE_DATA to another folder") from error
     try:
-        if world > 1:
+        if not (path := run / "configuration.json").is_file():
+            write_atomically(path, lambda file: file.write_text(json.dumps(configuration)))
+        if world > 1:  # the processes of one training share the folder
             lock.release()
-        there, now = json.loads(path.read_text()), json.loads(now)
-        keys = [key for key in there | now if there.get(key) != now.get(key)]
-        if keys:
-            differ = "; ".join(f"{key} {there.get(key)} there, {now.get(key)} now" for key in keys)
+        there, now = json.loads(path.read_text()), json.loads(json.dumps(configuration))
+        differ = [f"{key} {there.get(key)} there, {now.get(key)} now" for key in there | now
+                  if there.get(key) != now.get(key)]  # fmt: skip
+        if differ:
             advice = "delete that folder, train into another one, or go back to its settings"
             raise ValueError(f"{run} holds a run of another configuration ({differ}): {advice}")
         yield
     except torch.cuda.OutOfMemoryError as error:
-        advice = f"try batch_size={now['batch_size'] // 2} in a new run folder"
+        advice = f"try batch_size={configuration['batch_size'] // 2} in a new run folder"
         raise torch.cuda.OutOfMemoryError(f"{error}. On this GPU, {advice}") from None
     finally:
         torch.set_rng_state(random_state)

@@ -1,44 +1,28 @@
-"""Colab's set-up; and setup cells and results, written by `python -m utils.publish`."""
+"""Writes badges and setup cells into the notebooks, and results into README and model card.
 
-import importlib.metadata
+python .ci/publish.py
+"""
+
 import json
-import os
 import re
-import subprocess
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.evaluation import show
 from utils.settings import CHECKPOINT, ROOT
 
-SETUP = (ROOT / "utils" / "setup_cell.txt").read_text("utf-8").rstrip()
+# The repository's address stands in CITATION.cff alone; a fork changes it there and runs this.
+ADDRESS = re.search(r"^repository-code: (\S+)", (ROOT / "CITATION.cff").read_text("utf-8"), re.M)[1]
+PLACES = r"(?<=git clone )https://github\.com/[\w.-]+/[\w.-]+|(?<=REPOSITORY = \")[^\"]+"
+SETUP = Path(__file__).with_name("setup_cell.txt").read_text("utf-8").rstrip()
+SETUP = re.sub(PLACES, ADDRESS, SETUP)
 FOLDED = {"cellView": "form", "jupyter": {"source_hidden": True}, "tags": ["setup", "hide-input"]}
 BADGE = (
     "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab."
-    "research.google.com/github/OWNER/age-estimation-course/blob/main/notebooks/%s)"
-)
-
-
-def set_up(keep_in_drive: bool) -> None:
-    """In Colab: install what it lacks (never torch: its own stays), mount Google Drive if asked to,
-    tell whether there is a GPU. Raises RuntimeError where packages cannot be installed."""
-    text = (ROOT / "requirements.txt").read_text("utf-8").partition("# Not in Colab")[0]
-    there = {package.name.lower() for package in importlib.metadata.distributions()}
-    wanted = re.findall(r"^(?!torch)([\w-]+)(.*)$", text, re.M)
-    if lacking := [name + bounds for name, bounds in wanted if name not in there]:
-        print("Installing", ", ".join(lacking))
-        command = [sys.executable, "-m", "pip", "install", "--quiet", *lacking]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"pip could not install them, run this cell again: {done.stderr}")
-    if keep_in_drive:
-        from google.colab import drive
-
-        drive.mount(str(ROOT.parent / "drive"))
-        os.environ["AGE_DATA"] = str(ROOT.parent / "drive" / "MyDrive" / ROOT.name)
-    import torch
-
-    none = "none. Choose Runtime > Change runtime type > GPU, and run from the top again"
-    print("GPU:", torch.cuda.get_device_name() if torch.cuda.is_available() else none)
+    f"research.google.com/{ADDRESS.removeprefix('https://')}/blob/main/notebooks/%s)"
+).replace("/github.com/", "/github/")
 
 
 def with_setup(text: str, name: str) -> str:
@@ -72,7 +56,8 @@ def pages() -> dict:
     results = json.loads((ROOT / "figures" / "results.json").read_text("utf-8"))
     cells = {p: with_setup(p.read_text("utf-8"), p.name) for p in ROOT.glob("notebooks/*.ipynb")}
     cards = (ROOT / "README.md", CHECKPOINT.with_name("README.md"))
-    return cells | {p: with_results(p.read_text("utf-8"), results) for p in cards}
+    texts = {p: re.sub(PLACES, ADDRESS, p.read_text("utf-8")) for p in cards}
+    return cells | {p: with_results(text, results) for p, text in texts.items()}
 
 
 if __name__ == "__main__":
