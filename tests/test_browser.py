@@ -17,7 +17,6 @@ import cv2
 import pytest
 import requests
 
-from utils.photo import get_crops
 from utils.plots import astronaut
 from utils.predict import AgePredictor
 from utils.settings import ROOT
@@ -143,7 +142,7 @@ def test_a_photo_is_uploaded_and_answered(page, tmp_path):
         shot = page.send("Page.captureScreenshot")["data"]
         (tmp_path / "browser.png").write_bytes(base64.b64decode(shot))
         print("what the browser shows:", tmp_path / "browser.png")
-    (age,) = AgePredictor().ages(get_crops(photo, crop=not DETECTOR))["age"]
+    (age,) = AgePredictor().photo(photo, crop=not DETECTOR)["age"]
     shown = [float(number) for number in re.findall(r"\d+\.\d+", tables[-1])]
     assert any(abs(number - age) < 0.15 for number in shown), (tables[-1], age)
     assert (tmp_path / "build" / "answer.png").stat().st_size > 5_000

@@ -37,19 +37,16 @@ class AgePredictor:
         low, high = interval(age, spread, self.intervals) if self.intervals else (np.nan, np.nan)
         return pd.DataFrame({"age": age, "low": low, "high": high, "spread": spread})
 
-    def ages(self, crops: Sequence[Crop]) -> pd.DataFrame:
-        """The same for crops of photos: the mean over a crop's views, whatever its warnings."""
-        chips = np.array([crop.chips for crop in crops], np.uint8)
-        return self.chips(chips.reshape(-1, CHIP_SIZE, CHIP_SIZE, 3), len(VIEWS))
-
     def photo(self, photo: np.ndarray, crop: bool = False) -> pd.DataFrame:
         """COLUMNS for each face that `get_crops` finds in a photo (uint8 RGB [h, w, 3])."""
         return self.crops([("", number, c) for number, c in enumerate(get_crops(photo, crop), 1)])
 
     def crops(self, found: Sequence[tuple[str, int, Crop]]) -> pd.DataFrame:
         """COLUMNS for (file, number of the face, crop): boxes in px; no age of a refused crop."""
-        ages, rows = self.ages([crop for _, _, crop in found])[COLUMNS[6:9]].to_numpy(), []
-        for (file, number, crop), answer in zip(found, ages, strict=True):
+        chips = np.array([crop.chips for _, _, crop in found], np.uint8)
+        ages = self.chips(chips.reshape(-1, CHIP_SIZE, CHIP_SIZE, 3), len(VIEWS)).to_numpy()
+        rows = []
+        for (file, number, crop), (*answer, _) in zip(found, ages, strict=True):
             box = crop.face.box.round().astype(int) if crop.face else [None] * 4
             text = "; ".join([*crop.warnings, "no answer"] if crop.refused else crop.warnings)
             answer = [np.nan] * 3 if crop.refused else answer
