@@ -213,15 +213,11 @@ def build_model(
     age_scale: float = 20.0,
     examples: torch.Tensor | None = None,
 ) -> AgeRegressor:
-    """New model of these settings. With `pretrained` it starts from the file in
-    AGE_BACKBONE_WEIGHTS where that is one of `save_weights` for the same backbone, or for
-    torchvision's networks a state dict (inputs normalised as ImageNet's, or as in
-    AGE_BACKBONE_MEAN_STD: "0.5,0.5"); else from torchvision's weights, or from `face_start` with
-    some hundred face crops, `examples` [N, 3, S, S] in 0-1.
-
-    Raises FileNotFoundError or ValueError where a file is missing, damaged or another network's,
-    and ConnectionError where weights cannot be downloaded.
-    """
+    """New model of these settings. If `pretrained`, it starts from AGE_BACKBONE_WEIGHTS where that
+    is a file of `save_weights` for this backbone, or for torchvision's networks a state dict (made
+    for ImageNet's mean and std or AGE_BACKBONE_MEAN_STD, "0.5,0.5"); else from torchvision's, or by
+    `face_start`, which needs some hundred face crops, `examples` [N, 3, S, S] in 0-1. Raises
+    FileNotFoundError, ValueError for another network's file, ConnectionError offline."""
     name, file = settings.backbone, os.environ.get("AGE_BACKBONE_WEIGHTS")
     norm, origin, state = FACE_NORM if name == "face_mobilenet" else IMAGENET, "random", None
     stored, facts = _read(locate(file)) if settings.pretrained and file else (None, None)
@@ -277,11 +273,9 @@ def add_facts(path: Path, **facts: object) -> None:
 
 
 def load_weights(path: Path, net: AgeRegressor | None = None) -> tuple[AgeRegressor, dict]:
-    """Model in evaluation mode, on the CPU, and the metadata of a file of `save_weights`.
-
-    `net` takes the weights where the backbone is a module of your own. Raises FileNotFoundError,
-    or ValueError for a pickle, which is never loaded, a damaged file, or one of something else.
-    """
+    """Model in evaluation mode, on the CPU, and metadata of a file of `save_weights`; `net` takes
+    the weights of a backbone of your own. Raises FileNotFoundError, or ValueError for a pickle,
+    which is never loaded, a damaged file, or one of something else."""
     if Path(path).suffix in (".pth", ".pt", ".ckpt"):
         raise ValueError(f"{path} is a pickle, which may run code: not loaded")
     state, facts = _read(Path(path))

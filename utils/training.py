@@ -31,7 +31,6 @@ from utils.settings import CHECKPOINT, Settings, get_settings, locate, write_ato
 
 EXAMPLES = 512  # training faces that set the batch normalisation of the face start
 GROUP_RATE = 0.001  # how fast the shares of groups follow their losses
-ADVICE = "try a tenth of the learning rate in a new run folder, or look for broken labels"
 COLUMNS = ["epoch", "train_mae", "valid_mae", "learning_rate", "seconds", "images_per_second"]
 
 
@@ -147,8 +146,8 @@ def train(
                     shares = (shares.log() + GROUP_RATE * means.detach()).softmax(0)
                     mean = (shares * means).sum()
                 if not mean.isfinite():
-                    where = f"the loss is {mean.item()} in epoch {epoch + 1}, step {step}"
-                    raise FloatingPointError(f"{where}: {ADVICE}")
+                    place = f"epoch {epoch + 1}, step {step}: try a tenth of the learning rate"
+                    raise FloatingPointError(f"the loss is {mean.item()} in {place}")
                 optimizer.zero_grad()
                 scaler.scale(mean).backward()
                 scaler.step(optimizer)
@@ -238,9 +237,9 @@ def _configuration(faces, settings, fold, net, loss, strengths, arrays) -> dict:
         contents["start"] = file.read_bytes()
     if loss is not None:
         contents["loss"] = inspect.getsource(loss).encode()
-    digests = {key: hashlib.sha256(value).hexdigest()[:12] for key, value in contents.items()}
     chosen = {name: getattr(settings, name) for name in names.split()}
-    return chosen | {"fold": fold, "augmentation": strengths} | digests
+    chosen |= {key: hashlib.sha256(value).hexdigest()[:12] for key, value in contents.items()}
+    return chosen | {"fold": fold, "augmentation": strengths}
 
 
 @contextmanager
