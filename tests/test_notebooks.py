@@ -149,7 +149,7 @@ sys.path.insert(0, str(Path.cwd().parent))
 from matplotlib import pyplot as plt
 from utils import settings
 get, compare = settings.get_settings, settings.comparison_settings
-small = dict(backbone="resnet18", pretrained=False, image_size=32, epochs=1, batch_size=32)
+small = dict(backbone="small", pretrained=False, image_size=32, epochs=1, batch_size=32)
 settings.get_settings = lambda faces=None: replace(
     get(faces), figures=Path(os.environ["AGE_DATA"]) / "figures", **small)
 settings.comparison_settings = lambda given: replace(compare(given), image_size=32, epochs=1)
