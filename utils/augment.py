@@ -39,12 +39,10 @@ def augment(pixels: Tensor, image_size: int, generator: Generator, *, flip: floa
             shadow: float = 0, blur: float = 0, resolution: float = 0, jpeg: float = 0,
             noise: float = 0, erase: float = 0) -> Tensor:  # fmt: skip
     """Random view of each face: [B, 3, H, W] uint8 or float 0-1 to float 0-1 [B, 3, size, size].
-
     `flip` is a probability, `rotate` degrees; `shift`, `blur` (standard deviation), `resolution`
     (loss) and `erase` (square) are fractions of the side; `shadow` and `jpeg` of light and quality
     lost; `noise` is a standard deviation. `scale`, `brightness`, `contrast`, `gamma` draw factors
-    or exponents from 1 / (1 + s) to 1 + s, `saturation` and `cast` from 1 - s to 1 + s.
-    """
+    or exponents from 1 / (1 + s) to 1 + s, `saturation` and `cast` from 1 - s to 1 + s."""
     pixels = pixels if pixels.is_floating_point() else pixels.contiguous() / 255
     if (shrink := min(pixels.shape[2:]) // (2 * image_size)) > 1:
         pixels = F.avg_pool2d(pixels, shrink)  # bilinear sampling would skip pixels

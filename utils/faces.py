@@ -43,7 +43,6 @@ def load_faces(settings: Settings) -> Faces:
 
 def prepare(folder: Path, cache: Path) -> Faces:
     """Decode a folder of face images once; later calls only map the result into memory.
-
     Labels come from labels.csv, or from the file names. Raises FileNotFoundError where there is no
     usable face, ValueError where labels.csv is no table, OSError where the cache cannot be written.
     """
@@ -112,10 +111,8 @@ def parse_name(name: str) -> dict:
 
 def read_labels(folder: Path) -> list[dict]:
     """Labels for each row of labels.csv and each image without a row, in order of file name.
-
     Columns: `file` (path in the folder), `age` (years; NaN where there is not one), and if known
-    `gender`, `ethnicity`, `person` or `group`. ValueError where it is no CSV with the first two.
-    """
+    `gender`, `ethnicity`, `person` or `group`. ValueError where it is no CSV with the first two."""
     try:
         head = (folder / LABELS).read_text("utf-8-sig").partition("\n")[0]
         options = dict(sep=max(",;\t", key=head.count), dtype=str, keep_default_na=False)

@@ -123,13 +123,11 @@ def face_start() -> Path:
 
 class AgeRegressor(nn.Module):
     """Faces to ages in years. Normalisation (`mean`, `std` of pixels in 0-1) is inside.
-
     `backbone` is "face_mobilenet", "small", a classifier of torchvision, or a module of your own
     that ends in a linear layer. With the head "distribution" it outputs a logit for each year from
     0 to OLDEST, and the age is the mean of their softmax (Gao et al., DLDL-v2, IJCAI 2018); with
     "regression" one number, and age = age_mean + age_scale * output. `age_mean` and `age_scale`
-    (years) put the first outputs near the ages of the training set.
-    """
+    (years) put the first outputs near the ages of the training set."""
 
     def __init__(
         self,

@@ -226,7 +226,6 @@ def _photograph(person: Person) -> np.ndarray:
 
 def draw_face(person: Person) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """One photographed face, and which of its pixels depend on each age cue.
-
     Returns uint8 RGB [128, 128, 3], before JPEG, and for each of CUES bool [128, 128]: True where
     the drawing changes by 6 levels (of 255) or more while this cue alone is 1, 25 and 95 years old.
     """
@@ -251,7 +250,6 @@ def cue_masks(file_name: str) -> dict[str, np.ndarray]:
 
 def plan_sample(count: int = 2400, seed: int = 0, gap: bool = True) -> list[tuple]:
     """Name, person and defect ("" for none) of each file of a sample of 50 to 86,400.
-
     UTKFace's defects: 3 names lack a field, one has a space, one file is cut short; 3 % are copies.
     """
     copies = round(0.03 * count)

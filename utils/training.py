@@ -49,12 +49,10 @@ def train(
     progress: bool = True,
 ) -> AgeRegressor:
     """Train on the split "train", or on all faces outside `fold`, and return the network.
-
     `run` keeps history.csv (COLUMNS), a checkpoint until the end, then `model.safetensors`: the
     moving average of the weights after the last epoch. Called again, it loads a finished run and
     resumes an unfinished one after its last whole epoch, to the same weights. The MAE on faces held
     out (the split "valid" without a fold, or with the last one) is shown; nothing is chosen by it.
-
     `net` replaces `build_model`'s network, `loss(outputs [B, K], ages [B], rows [B])` the head's
     loss, one value a face, `augmentation` the strengths STANDARD. Arrays over the table: `sampling`
     draws training faces with replacement in these proportions, `weights` multiply their losses,
@@ -305,11 +303,9 @@ def predict(
     read: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> np.ndarray:
     """Ages in years, float32 [len(rows)], of `pixels[rows]` (uint8 RGB [N, H, W, 3]).
-
     `flip` averages each face with its mirror image; `corrupt` changes the uint8 chips [B, 3, H, W],
     as utils.augment.corruption does; `read` turns the model's outputs into something else than
-    ages: `model.ages_and_spreads` gives [len(rows), 2]. Raises TypeError for a mask.
-    """
+    ages: `model.ages_and_spreads` gives [len(rows), 2]. Raises TypeError for a mask."""
     rows, read = np.asarray(rows), read or model.ages
     if rows.dtype == bool:
         raise TypeError("rows is a mask of booleans: give row numbers (numpy.flatnonzero)")
