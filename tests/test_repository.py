@@ -82,7 +82,7 @@ def test_the_map_of_modules_is_complete_and_imports_go_up_in_it():
 
 def test_commands_and_make_targets_that_are_named_exist():
     named = set(re.findall(r"-m utils\.(\w+)", ALL_PAGES + MAKEFILE))
-    assert {"download", "training", "predict", "colab"} <= named <= set(SOURCES)
+    assert {"download", "training", "predict"} <= named <= set(SOURCES)
     assert [name for name in named if '__name__ == "__main__"' not in SOURCES[name]] == []
     code = "\n".join(re.findall(r"^```.*?^```|`[^`\n]+`", ALL_PAGES, flags=re.M | re.S))
     targets = set(re.findall(r"^(\w+):", MAKEFILE, re.M))
