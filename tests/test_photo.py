@@ -100,12 +100,6 @@ def test_a_file_cut_anywhere_is_refused(share):
             decode_photo(data[: max(int(share * len(data)), 1)], "cut.jpg")
 
 
-def test_files_of_both_versions_of_the_upload_button():
-    old = {"a.jpg": {"metadata": {}, "content": b"1"}}
-    new = ({"name": "a.jpg", "content": memoryview(b"1")},)
-    assert photo.uploads(old) == photo.uploads(new) == [("a.jpg", b"1")]
-
-
 @needs_detector
 def test_the_detector_is_fetched_once(tmp_path, monkeypatch):
     monkeypatch.delenv("AGE_FACE_DETECTOR")

@@ -74,17 +74,6 @@ def test_colours_are_fixed_and_different():
     assert len(plots.group_colours(pd.Series([f"group {i:02d}" for i in range(30)]))) == 30
 
 
-def test_a_card_tells_age_interval_and_warnings():
-    answers = pd.DataFrame({
-        "age": [23.7, np.nan], "low": [11.2, np.nan], "high": [36.2, np.nan],
-        "warnings": ["", "too dark; turned away"],
-    })  # fmt: skip
-    first, second = plots.show_answers(FACES[:2], answers, 0.9).axes
-    assert first.get_title() == "looks 24" and second.get_title() == "no answer"
-    assert first.texts[0].get_text() == "11 to 36 (90% interval)\n"
-    assert second.texts[0].get_text() == "too dark\nturned away"
-
-
 def test_intervals_are_drawn_from_low_to_high_with_n():
     table = pd.DataFrame(
         {"value": [5.0, 3.0], "low": [4.0, 2.5], "high": [7.0, 3.5], "n": [1234, 20]},

@@ -86,13 +86,6 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def uploads(value: dict | tuple) -> list[tuple[str, bytes]]:
-    """Name and bytes of each file in the value of an ipywidgets FileUpload, of version 7 or 8."""
-    old = isinstance(value, dict)  # version 7, which Colab has
-    pairs = value.items() if old else [(file["name"], file) for file in value]
-    return [(name, bytes(file["content"])) for name, file in pairs]
-
-
 @lru_cache(maxsize=1)
 def load_detector() -> cv2.FaceDetectorYN:
     """YuNet, from the file in AGE_FACE_DETECTOR, else from the data folder, else downloaded once.

@@ -78,20 +78,6 @@ def show_maps(pixels: np.ndarray, maps: np.ndarray, titles: list[str], settings:
     return figure
 
 
-def show_answers(chips: np.ndarray, answers: pd.DataFrame, level: float | None) -> plt.Figure:
-    """Cards of faces (uint8 [N, H, W, 3]) from rows of age, low, high (years or NaN), warnings."""
-    ages = ["no answer" if np.isnan(age) else f"looks {age:.0f}" for age in answers["age"]]
-    figure = show_faces(chips, ages, columns=4)
-    for axis, row in zip(figure.axes, answers.itertuples(), strict=True):
-        text = row.warnings.replace("; ", "\n")
-        if level and not np.isnan(row.low):
-            text = f"{row.low:.0f} to {row.high:.0f} ({level:.0%} interval)\n{text}"
-        axis.text(0.5, -0.04, text, transform=axis.transAxes, ha="center", va="top", fontsize=9)
-        axis.title.set_fontsize(15)
-    figure.supxlabel("apparent age, not proof of age", fontsize=8, color=MUTED)
-    return figure
-
-
 def with_intervals(axis: plt.Axes, table: pd.DataFrame, colours: dict | None = None) -> None:
     """Horizontal points with 95 % bars, from rows of value, low, high, n; n beside each name."""
     for place, (name, row) in enumerate(table.iterrows()):
