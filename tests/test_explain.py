@@ -72,32 +72,3 @@ def test_the_positive_part_is_what_the_package_returns(chips):
     ours = scale_cam_image(np.maximum(maps, 0), (SIDE, SIDE))  # once a layer, once over layers
     assert np.allclose(scale_cam_image(ours), theirs, atol=1e-4)
     assert (maps < -0.01 * maps.max()).any(), "which it would hide"
-
-
-def test_faithfulness_tells_true_maps_from_others(known, chips):
-    images, layer = as_images(chips), known.backbone.features[0]
-    true = explain.age_maps(known, chips, np.arange(12), layer, HiResCAM)
-    noise = np.random.default_rng(0).normal(size=true.shape)
-    score, reverse = (explain.faithfulness(known, images, m).mean() for m in (true, -true))
-    assert score > 0.3 and score == pytest.approx(-reverse, abs=0.2)
-    strong, none = (explain.faithfulness(known, images, m, False).mean() for m in (true, noise))
-    assert strong > none
-
-
-def test_random_weights_go_from_the_last_block_to_the_first():
-    model = AgeRegressor("mobilenet_v2", SIDE)
-    start, changed = {k: v.clone() for k, v in model.backbone.features.state_dict().items()}, {}
-    for block, copy in explain.randomised(model):
-        state = copy.backbone.features.state_dict()
-        changed[block] = len(
-            {k.split(".")[0] for k in state if not torch.equal(state[k], start[k])}
-        )
-    assert list(changed) == ["classifier", *(f"features.{i}" for i in range(18, -1, -1))]
-    assert list(changed.values()) == list(range(20))
-    assert all(torch.equal(v, start[k]) for k, v in model.backbone.features.state_dict().items())
-
-
-def test_rank_correlation():
-    maps = np.random.default_rng(0).normal(size=(5, 4, 4))
-    for other, expected in ((np.exp(maps), 1), (-maps, -1), (0 * maps, 0)):
-        assert explain.rank_correlation(maps, other) == pytest.approx([expected] * 5)

@@ -29,8 +29,6 @@ from utils.faces import FOLDS, Faces, load_faces, split_digest
 from utils.model import LOSSES, AgeRegressor, build_model, load_weights, save_weights
 from utils.settings import CHECKPOINT, Settings, get_settings, locate, write_atomically
 
-EXAMPLES = 512  # training faces that set the batch normalisation of the face start
-GROUP_RATE = 0.001  # how fast the shares of groups follow their losses
 COLUMNS = ["epoch", "train_mae", "valid_mae", "learning_rate", "seconds", "images_per_second"]
 
 
@@ -90,7 +88,7 @@ def train(
         size = min(settings.batch_size, len(train_rows)) // world
         steps = len(train_rows) // (size * world)
         if (model := net) is None:
-            some = np.random.default_rng(settings.seed).choice(train_rows, EXAMPLES)
+            some = np.random.default_rng(settings.seed).choice(train_rows, 512)
             examples = resize(_gather(faces.pixels, some), settings.image_size)
             years = ages[train_rows].numpy()
             model = build_model(settings, float(years.mean()), float(years.std()) or 1.0, examples)
@@ -141,7 +139,7 @@ def train(
                     of_face = groups[rows].to(device)
                     sums = torch.zeros_like(shares).index_add(0, of_face, losses)
                     means = sums / torch.bincount(of_face, minlength=len(shares)).clamp(min=1)
-                    shares = (shares.log() + GROUP_RATE * means.detach()).softmax(0)
+                    shares = (shares.log() + 0.001 * means.detach()).softmax(0)
                     mean = (shares * means).sum()
                 if not mean.isfinite():
                     place = f"epoch {epoch + 1}, step {step}: try a tenth of the learning rate"
