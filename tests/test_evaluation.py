@@ -45,14 +45,6 @@ def test_metrics_by_hand():
     assert ev.show(figure) == ev.show(pd.Series(figure)) == "4.90 [4.71, 5.10], n = 2,384"
 
 
-def test_one_face_no_face_and_no_prediction():
-    one = ev.mean_interval([3.0], pd.Series(["a"]))
-    assert one == {"value": 3.0, "low": 3.0, "high": 3.0, "n": 1}
-    for values in ([], [1.0, np.nan]):
-        none = ev.mean_interval(values, pd.Series(range(len(values))))
-        assert all(np.isnan(none[key]) for key in ("value", "low", "high"))
-
-
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
     """95 % is the aim; with 200 repeats, 90 to 99 % is what chance and few draws leave."""
     rng = np.random.default_rng(0)

@@ -12,7 +12,6 @@ import pandas as pd
 import pytest
 
 from utils import plots
-from utils.faces import ETHNICITIES
 from utils.settings import get_settings
 
 FACES = np.random.default_rng(0).integers(0, 256, (3, 128, 128, 3), dtype=np.uint8)
@@ -62,18 +61,6 @@ def test_the_astronaut_and_her_face_crop():
     assert "NASA" in plots.ATTRIBUTION and "public domain" in plots.ATTRIBUTION
 
 
-def test_colours_are_fixed_and_different():
-    known = plots.group_colours(pd.Series(ETHNICITIES))
-    assert set(known) == set(ETHNICITIES) and len(set(known.values())) == 5
-    assert known["White"] == "#0072B2" and known["Others"] == "#56B4E9"
-    groups = pd.Series(pd.Categorical(["White", "B", "A"], ["White", "A", "B"]))
-    colours = plots.group_colours(groups)
-    assert list(colours) == ["White", "A", "B"] and len(set(colours.values())) == 3
-    assert colours["White"] == known["White"]
-    assert plots.group_colours(groups[::-1]) == colours, "the order of the rows decides nothing"
-    assert len(plots.group_colours(pd.Series([f"group {i:02d}" for i in range(30)]))) == 30
-
-
 def test_intervals_are_drawn_from_low_to_high_with_n():
     table = pd.DataFrame(
         {"value": [5.0, 3.0], "low": [4.0, 2.5], "high": [7.0, 3.5], "n": [1234, 20]},
@@ -87,15 +74,3 @@ def test_intervals_are_drawn_from_low_to_high_with_n():
     assert np.allclose(bars, [[[4, 0], [7, 0]], [[2.5, 1], [3.5, 1]]])
     assert [container[0].get_color() for container in axis.containers] == ["red", plots.ACCENT]
     assert axis.get_ylim()[0] > axis.get_ylim()[1], "the first row stands on top"
-
-
-def test_save_writes_the_same_png_each_time(tmp_path):
-    plots.set_style()
-    settings = replace(SAMPLE, figures=tmp_path / "new" / "figures")
-    texts = []
-    for _ in range(2):
-        figure, axis = plt.subplots()
-        axis.plot([1, 2, 3])
-        plots.save(figure, settings, "line")
-        texts.append((settings.figures / "line.png").read_bytes())
-    assert texts[0].startswith(b"\x89PNG") and texts[0] == texts[1]
