@@ -279,8 +279,9 @@ def test_a_full_disk_while_training(faces, reference, tmp_path):
 
 
 def test_two_at_once_train_it_once(faces, tmp_path, capsys):
+    nets = make_net(), make_net()  # not in the threads, which share the random numbers
     with ThreadPoolExecutor(2) as pool:
-        jobs = [pool.submit(learn, faces, tmp_path / "run") for _ in range(2)]
+        jobs = [pool.submit(learn, faces, tmp_path / "run", net=net) for net in nets]
         first, second = (job.result() for job in jobs)
     said = capsys.readouterr().out
     assert same(first, second)
