@@ -163,7 +163,7 @@ def train(
             kept = [part.state_dict() for part in parts], log, shares
             write_atomically(checkpoint, partial(torch.save, kept))
             errors = f"train MAE {train_mae:.2f}, valid MAE {valid_mae:.2f} years"
-            _say(f"epoch {epoch + 1}/{settings.epochs}: {errors}, {seconds:.0f} s")
+            _say(f"{run.name}: epoch {epoch + 1}/{settings.epochs}: {errors}, {seconds:.0f} s")
 
         if rank == 0:
             table, cpu = pd.DataFrame(log), f"CPU, {torch.get_num_threads()} threads"
