@@ -8,6 +8,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
+# Begun first, so that none of them runs alone at the end.
+LONGEST := $(filter notebooks/08% notebooks/05%,$(NOTEBOOKS))
 # How many notebooks `make course` runs at a time, one thread each: more would wait for each other.
 JOBS := $(shell [ "$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)" -gt 1 ] && echo 2 || echo 1)
 
@@ -46,7 +48,7 @@ $(READY): requirements.txt
 course: $(READY)
 	@rm -rf build/notebooks && mkdir -p build/notebooks
 	@echo "Running $(words $(NOTEBOOKS)) notebooks on the drawn sample, $(JOBS) at a time ..."
-	@printf '%s\n' $(NOTEBOOKS) | AGE_FACES=sample AGE_PUBLISH=0 OMP_NUM_THREADS=1 \
+	@printf '%s\n' $(LONGEST) $(filter-out $(LONGEST),$(NOTEBOOKS)) | AGE_FACES=sample AGE_PUBLISH=0 OMP_NUM_THREADS=1 \
 		WRITE="--output-dir build/notebooks" xargs -n 1 -P $(JOBS) bash -c "$$RUN" run
 	@$(BIN)/jupyter nbconvert --to html --log-level=ERROR build/notebooks/*.ipynb 2>/dev/null
 	@echo "Done. Executed notebooks: build/notebooks/*.html (open in a browser). Figures: build/figures/."
