@@ -42,8 +42,7 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def no_outer_settings(monkeypatch):
     """The reader's own weights and switches decide no test."""
-    weights = ("AGE_FACE_WEIGHTS", "AGE_BACKBONE_WEIGHTS", "AGE_BACKBONE_MEAN_STD")
-    for name in (*weights, "AGE_DATA", "AGE_PUBLISH"):
+    for name in ("AGE_FACE_WEIGHTS", "AGE_BACKBONE_WEIGHTS", "AGE_DATA", "AGE_PUBLISH"):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -192,6 +192,21 @@ def test_record_adds_replaces_rounds_and_keeps_the_rest(tmp_path):
     assert "bad" not in results(folder)
 
 
+def test_published_predictions_come_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(ev, "ROOT", tmp_path)
+    (tmp_path / "figures").mkdir()
+    faces = predictions().drop(columns=["predicted", "spread"], errors="ignore")
+    faces = faces.assign(file=[f"{i}.jpg" for i in range(len(faces))], fold=1, split="train")
+    faces = faces.assign(ethnicity="Asian", brightness=9.5, sharpness=1.0, other="left out")
+    ev.publish(tmp_path / "figures", faces, crossfit=np.arange(len(faces)) + 0.123)
+    ev.publish(tmp_path / "figures", faces[1:2], **{"few": [7.0], "few spread": [2.0]})
+    table = ev.published()
+    assert list(table) == [*ev.PUBLISHED, "predicted", "spread"] and table["spread"].isna().all()
+    assert table["predicted"].tolist() == pytest.approx(np.arange(len(faces)) + 0.12)
+    few = ev.published("few")
+    assert few[["file", "predicted", "spread"]].values.tolist() == [["1.jpg", 7, 2]]
+
+
 def record_twenty(folder, name):
     for i in range(20):
         ev.record(folder, **{f"{name}{i}": i})

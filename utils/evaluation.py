@@ -9,10 +9,37 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock
 
-from utils.settings import write_atomically
+from utils.settings import ROOT, write_atomically
 
 AGE_BANDS = {f"{low}-{low + 9}": low for low in range(0, 70, 10)} | {"70+": 70}  # lowest ages
+PUBLISHED = "file age gender ethnicity group fold split brightness sharpness".split()
 SMALL = 30  # faces: the figure of a smaller group is not worth comparing
+
+
+def published(run: str = "crossfit") -> pd.DataFrame:
+    """The published predictions of a run, for all functions here: UTKFace's face table, ages and
+    spreads (NaN if not kept) in years. "crossfit": each of the 23,705 faces by a network trained
+    without its fold; others hold the faces they were evaluated on (see .ci/experiments.py)."""
+    table = _predictions(ROOT / "figures")
+    known = [name for name in table if name in PUBLISHED] + ["predicted", "spread"]
+    table["predicted"], table["spread"] = table[run], table.get(f"{run} spread", np.nan)
+    return table[known].dropna(subset="predicted")
+
+
+def _predictions(folder: Path) -> pd.DataFrame:
+    return pd.read_csv(folder / "predictions.csv.gz")
+
+
+def publish(folder: Path, faces: pd.DataFrame, **runs: np.ndarray) -> None:
+    """Add ages in years of these faces by `runs` to a folder's predictions, made from a face table
+    if missing. A run's earlier ages of these faces are replaced."""
+    path = folder / "predictions.csv.gz"
+    with FileLock(folder / ".results.json.lock"):
+        table = (_predictions(folder) if path.is_file() else faces[PUBLISHED]).set_index("file")
+        for run, ages in runs.items():
+            table.loc[faces["file"], run] = np.round(ages, 2).astype(float)
+        packed = {"method": "gzip", "mtime": 0}  # the same bytes for the same numbers
+        write_atomically(path, lambda file: table.to_csv(file, compression=packed))
 
 
 def age_band(ages: pd.Series) -> pd.Series:

@@ -213,7 +213,7 @@ def build_model(
 ) -> AgeRegressor:
     """New model of these settings. If `pretrained`, it starts from AGE_BACKBONE_WEIGHTS where that
     is a file of `save_weights` for this backbone, or for torchvision's networks a state dict (made
-    for ImageNet's mean and std or AGE_BACKBONE_MEAN_STD, "0.5,0.5"); else from torchvision's, or by
+    for ImageNet's mean and std); else from torchvision's, or by
     `face_start`, which needs some hundred face crops, `examples` [N, 3, S, S] in 0-1. Raises
     FileNotFoundError, ValueError for another network's file, ConnectionError offline."""
     name, file = settings.backbone, os.environ.get("AGE_BACKBONE_WEIGHTS")
@@ -225,8 +225,6 @@ def build_model(
         state = {key: value for (part, _, key), value in parts if part == "backbone"}
     elif stored and not facts and name != "face_mobilenet":
         state, origin = stored, f"file {Path(file).name}"
-        if given := os.environ.get("AGE_BACKBONE_MEAN_STD"):
-            norm = [[float(number)] * 3 for number in given.split(",")]
     elif settings.pretrained and name != "face_mobilenet":
         weights = get_model_weights(name).DEFAULT
         norm, origin = (weights.transforms().mean, weights.transforms().std), str(weights)
@@ -251,8 +249,9 @@ def build_model(
 
 
 def save_weights(model: AgeRegressor, path: Path, **facts: object) -> None:
-    """Write the weights and all that prediction needs to one safetensors file, atomically. `facts`
-    (values that JSON can hold: split digest, training settings, ...) join the metadata."""
+    """Write the weights, rounded to float16, and all that prediction needs to one safetensors file,
+    atomically. `facts` (values for JSON: split digest, training settings, ...) join its metadata.
+    """
     libraries = {n: importlib.metadata.version(n) for n in ("torch", "torchvision", "numpy")}
     own = {"format": FORMAT, "version": VERSION, "backbone": model.backbone_name, "crop": CROP}
     own |= {name: getattr(model, name) for name in ("head", "image_size", "origin")}
@@ -260,7 +259,9 @@ def save_weights(model: AgeRegressor, path: Path, **facts: object) -> None:
     own |= {"age_mean": model.age_mean.item(), "age_scale": model.age_scale.item()}
     own["libraries"] = libraries
     text = {key: json.dumps(value) for key, value in (own | facts).items()}
-    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    half = dict(model.named_parameters())  # not the running statistics, which may be large or tiny
+    tensors = {k: v.half() if k in half else v for k, v in model.state_dict().items()}
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     write_atomically(Path(path), lambda file: file.write_bytes(save(tensors, text)))
 
 

@@ -28,6 +28,7 @@ class Settings:
     image_size: int = 128  # side of the network's input
     backbone: str = "face_mobilenet"  # or "small", or a name in torchvision.models
     pretrained: bool = True  # start from weights learnt on faces or on ImageNet
+    frozen: int = 0  # first blocks of the backbone's `features` that keep their start
     epochs: int = 8
     batch_size: int = 64
     learning_rate: float = 5e-4  # highest rate of the one-cycle schedule

@@ -93,10 +93,14 @@ def train(
             years = ages[train_rows].numpy()
             model = build_model(settings, float(years.mean()), float(years.std()) or 1.0, examples)
         model.to(device, memory_format=torch.channels_last)
+        blocks = getattr(model.backbone, "features", torch.nn.Sequential())
+        frozen = blocks[: settings.frozen]
+        frozen.requires_grad_(False)
+        learnt = [value for value in model.parameters() if value.requires_grad]
         backbone = DistributedDataParallel(model.backbone) if world > 1 else model.backbone
         loss = loss or (lambda outputs, labels, rows: LOSSES[model.head](model, outputs, labels))
         rate, decay, total = settings.learning_rate, settings.weight_decay, steps * settings.epochs
-        optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=decay)
+        optimizer = torch.optim.AdamW(learnt, rate, weight_decay=decay)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total)
         average = AveragedModel(model, multi_avg_fn=_average(total), use_buffers=True)
         precision = _precision(model, device)
@@ -126,6 +130,7 @@ def train(
             bar = batches(faces.pixels, rows_of_epoch, size)
             bar = tqdm(bar, f"epoch {epoch + 1}", steps, False, disable=not progress or rank > 0)
             model.train()
+            frozen.eval()
             for step, (chips, rows) in enumerate(bar, 1):
                 images = augment(chips.to(device), model.image_size, generator, **strengths)
                 labels = ages[rows].to(device)
@@ -221,7 +226,8 @@ def _precision(model: AgeRegressor, device: torch.device) -> torch.dtype:
 
 def _configuration(faces, settings, fold, net, loss, strengths, arrays) -> dict:
     """All that decides the weights, short enough to compare and to read."""
-    names = "backbone head image_size epochs batch_size learning_rate weight_decay seed pretrained"
+    names = """backbone head image_size epochs batch_size learning_rate weight_decay seed pretrained
+    frozen"""
     rows = faces.table[["file", "age", "split", "sha256"]].to_csv(index=False)
     contents = {name: array.tobytes() for name, array in arrays.items() if array is not None}
     contents["faces"] = rows.encode()

@@ -1,0 +1,136 @@
+"""Every training of the published run: what differs, for which chapter, and how long it takes.
+
+python .ci/experiments.py            trains what is missing, one after another, and resumes
+python .ci/experiments.py --list     says what is there
+python .ci/experiments.py NAME ...   only these
+
+Each adds its ages to figures/predictions.csv.gz. Chapters 8 and 9 bring their own networks and
+losses, and train them when they are published.
+"""
+
+import argparse
+import sys
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.ndimage import gaussian_filter1d
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils import evaluation
+from utils.augment import CORRUPTIONS, GEOMETRY, LIGHT, OCCLUSION, QUALITY, STANDARD, corruption
+from utils.faces import FOLDS, load_faces
+from utils.settings import ROOT, comparison_settings, get_settings
+from utils.training import predict, train
+
+MAIN = FOLDS - 1  # the fold that is valid and test of the main split
+
+
+def crossing(table: pd.DataFrame) -> pd.Series:
+    """Ethnicity and ten-year band of each face."""
+    return table["ethnicity"].astype(str) + " " + evaluation.age_band(table["age"]).astype(str)
+
+
+def balanced(table: pd.DataFrame) -> dict:
+    """Draw each ethnicity and age band by the square root of its count instead of its count."""
+    return {"sampling": crossing(table).map(crossing(table).value_counts()).to_numpy() ** -0.5}
+
+
+def smoothed(table: pd.DataFrame) -> dict:
+    """Weights by label distribution smoothing (Yang et al., 2021), within each ethnicity."""
+    weights = np.zeros(len(table))
+    for _, rows in table.groupby("ethnicity", observed=True):
+        counts = np.bincount(rows["age"], minlength=121).astype(float)
+        near = gaussian_filter1d(counts, sigma=2, mode="constant")[rows["age"]]
+        weights[rows.index] = near**-0.5
+    return {"weights": np.minimum(weights / weights.mean(), 5).astype(np.float32)}
+
+
+def worst_group(table: pd.DataFrame) -> dict:
+    """Group DRO (Sagawa et al., 2020) over ethnicities."""
+    return {"groups": table["ethnicity"].cat.codes.to_numpy("int64")}
+
+
+def more_light(_: pd.DataFrame) -> dict:
+    """Half as much again of every change of light."""
+    return {"augmentation": STANDARD | {name: 1.5 * most for name, most in LIGHT.items()}}
+
+
+def views(*parts: dict):
+    return lambda _: {"augmentation": {k: v for part in parts for k, v in part.items()}}
+
+
+# options(table) -> arguments of `train`; settings: what differs from the recipe, or from the
+# comparison's; minutes: of two cores, all folds together.
+Experiment = namedtuple("Experiment", "chapter minutes folds options settings")
+EXPERIMENTS = {
+    "crossfit": Experiment(4, 150, range(FOLDS), None, None),
+    "fair base": Experiment(6, 12, (0, 1), None, {}),
+    "fair balanced": Experiment(6, 12, (0, 1), balanced, {}),
+    "fair smoothed": Experiment(6, 12, (0, 1), smoothed, {}),
+    "fair worst group": Experiment(6, 12, (0, 1), worst_group, {}),
+    "fair light": Experiment(6, 12, (0, 1), more_light, {}),
+    "base": Experiment(3, 6, [MAIN], None, {}),
+    "views none": Experiment(3, 6, [MAIN], views({}), {}),
+    "views geometry": Experiment(3, 6, [MAIN], views(GEOMETRY), {}),
+    "views light": Experiment(3, 6, [MAIN], views(GEOMETRY, LIGHT), {}),
+    "views quality": Experiment(5, 6, [MAIN], views(GEOMETRY, QUALITY), {}),
+    "views occlusion": Experiment(3, 6, [MAIN], views(STANDARD, OCCLUSION), {}),
+}
+
+
+def run_folder(name: str, fold: int) -> Path:
+    """The main split's network is the one of notebook 4."""
+    if (name, fold) == ("crossfit", MAIN):
+        return get_settings("utkface").runs / "cnn_regression"
+    return get_settings("utkface").runs / f"{name.replace(' ', '_')}_{fold}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", choices=[[], *EXPERIMENTS])
+    parser.add_argument("--list", action="store_true", help="say what is there, train nothing")
+    given = parser.parse_args()
+    settings = get_settings("utkface")
+    for name in given.names or EXPERIMENTS:
+        experiment = EXPERIMENTS[name]
+        for fold in experiment.folds:
+            if given.list:
+                there = (run_folder(name, fold) / "model.safetensors").is_file()
+                minutes = experiment.minutes / len(experiment.folds)
+                about = f"chapter {experiment.chapter}, {minutes:.0f} minutes"
+                print(f"{name}, fold {fold}: {about}, {'done' if there else 'missing'}")
+            else:
+                run(name, fold, settings)
+
+
+def run(name: str, fold: int, settings) -> None:
+    """Train one network without a fold, and publish its ages of that fold."""
+    chapter, _, _, options, differs = EXPERIMENTS[name]
+    faces = load_faces(settings)
+    if differs is not None:
+        settings = replace(comparison_settings(settings), **differs)
+    arguments = options(faces.table) if options else {}
+    held = None if name == "crossfit" and fold == MAIN else fold
+    model = train(faces, settings, run_folder(name, fold), fold=held, progress=False, **arguments)
+    rows = np.flatnonzero(faces.table["fold"] == fold)
+    part, read = faces.table.iloc[rows], model.ages_and_spreads
+    ages, spreads = predict(model, faces.pixels, rows, flip=True, read=read).T
+    found = {name: ages, f"{name} spread": spreads}
+    if chapter in (3, 4, 5):
+        for kind in [*CORRUPTIONS, "occlusion"]:
+            levels = (1, 2, 3, 4, 5) if held is None else (3,)
+            for level in levels:
+                text = f"{name} {kind} {level}"
+                damage = corruption(kind, level, seed=fold)
+                found[text] = predict(model, faces.pixels, rows, corrupt=damage)
+        found[f"{name} one view"] = predict(model, faces.pixels, rows)
+    evaluation.publish(ROOT / "figures", part, **found)
+    print(f"{name}, fold {fold}: published", flush=True)
+
+
+if __name__ == "__main__":
+    main()
