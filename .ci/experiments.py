@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils import evaluation
 from utils.augment import CORRUPTIONS, GEOMETRY, LIGHT, OCCLUSION, QUALITY, STANDARD, corruption
 from utils.faces import FOLDS, load_faces
-from utils.settings import ROOT, comparison_settings, get_settings
+from utils.model import load_weights, save_weights
+from utils.settings import CHECKPOINT, ROOT, comparison_settings, get_settings
 from utils.training import predict, train
 
 MAIN = FOLDS - 1  # the fold that is valid and test of the main split
@@ -128,6 +129,10 @@ def run(name: str, fold: int, settings) -> None:
                 damage = corruption(kind, level, seed=fold)
                 found[text] = predict(model, faces.pixels, rows, corrupt=damage)
         found[f"{name} one view"] = predict(model, faces.pixels, rows)
+    if held is None:  # the published weights, and how wide an interval must be
+        valid = part.assign(predicted=ages, spread=spreads).query("split == 'valid'")
+        facts = load_weights(run_folder(name, fold) / "model.safetensors")[1]
+        save_weights(model, CHECKPOINT, **facts | {"intervals": evaluation.conformal(valid)})
     evaluation.publish(ROOT / "figures", part, **found)
     print(f"{name}, fold {fold}: published", flush=True)
 

@@ -21,7 +21,6 @@ from utils.model import (
     WIDTHS,
     AgeRegressor,
     FaceMobileNet,
-    add_facts,
     build_model,
     load_weights,
     save_weights,
@@ -269,7 +268,7 @@ def test_the_file_rounds_to_half_precision_and_tells_all(tmp_path, images):
     with torch.no_grad():
         model.train()(images)  # moves the batch-norm buffers
     save_weights(model.to(memory_format=torch.channels_last), path, training={"epochs": 3})
-    add_facts(path, intervals={"level": 0.9})
+    save_weights(model, path, **load_weights(path)[1] | {"intervals": {"level": 0.9}})
     loaded, facts = load_weights(path)
     assert not loaded.training
     rounded = dict(model.named_parameters())

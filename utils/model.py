@@ -265,12 +265,6 @@ def save_weights(model: AgeRegressor, path: Path, **facts: object) -> None:
     write_atomically(Path(path), lambda file: file.write_bytes(save(tensors, text)))
 
 
-def add_facts(path: Path, **facts: object) -> None:
-    """Write more metadata into a file of `save_weights`, atomically."""
-    model, metadata = load_weights(path)
-    save_weights(model, path, **metadata | facts)
-
-
 def load_weights(path: Path, net: AgeRegressor | None = None) -> tuple[AgeRegressor, dict]:
     """Model in evaluation mode, on the CPU, and metadata of a file of `save_weights`; `net` takes
     the weights of a backbone of your own. Raises FileNotFoundError, or ValueError for a pickle,
