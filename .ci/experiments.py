@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import evaluation
 from utils.augment import CORRUPTIONS, GEOMETRY, LIGHT, OCCLUSION, QUALITY, STANDARD, corruption
-from utils.faces import FOLDS, load_faces
+from utils.faces import FOLDS, Faces, load_faces
 from utils.model import load_weights, save_weights
-from utils.settings import CHECKPOINT, ROOT, comparison_settings, get_settings
+from utils.settings import CHECKPOINT, ROOT, Settings, comparison_settings, get_settings
 from utils.training import predict, train
 
 MAIN = FOLDS - 1  # the fold that is valid and test of the main split
@@ -68,7 +68,7 @@ def views(*parts: dict):
 # comparison's; minutes: of two cores, all folds together.
 Experiment = namedtuple("Experiment", "chapter minutes folds options settings")
 EXPERIMENTS = {
-    "crossfit": Experiment(4, 150, range(FOLDS), None, None),
+    "crossfit": Experiment(4, 150, [MAIN, *range(MAIN)], None, None),
     "fair base": Experiment(6, 12, (0, 1), None, {}),
     "fair balanced": Experiment(6, 12, (0, 1), balanced, {}),
     "fair smoothed": Experiment(6, 12, (0, 1), smoothed, {}),
@@ -90,51 +90,64 @@ def run_folder(name: str, fold: int) -> Path:
     return get_settings("utkface").runs / f"{name.replace(' ', '_')}_{fold}"
 
 
+def is_published(name: str, fold: int, faces: pd.DataFrame) -> bool:
+    """Whether predictions.csv.gz holds the ages of this fold by this run."""
+    try:
+        there = evaluation.published(name)["file"]
+    except (FileNotFoundError, KeyError):
+        return False
+    return faces.loc[faces["fold"] == fold, "file"].isin(there).all()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("names", nargs="*", choices=[[], *EXPERIMENTS])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(EXPERIMENTS))
+    parser.add_argument("--fold", type=int, help="only this one")
     parser.add_argument("--list", action="store_true", help="say what is there, train nothing")
-    given = parser.parse_args()
-    settings = get_settings("utkface")
+    given, settings = parser.parse_args(), get_settings("utkface")
+    faces = load_faces(settings)
     for name in given.names or EXPERIMENTS:
         experiment = EXPERIMENTS[name]
-        for fold in experiment.folds:
+        for fold in experiment.folds if given.fold is None else [given.fold]:
+            done = is_published(name, fold, faces.table)
+            minutes = experiment.minutes / len(experiment.folds)
             if given.list:
-                there = (run_folder(name, fold) / "model.safetensors").is_file()
-                minutes = experiment.minutes / len(experiment.folds)
                 about = f"chapter {experiment.chapter}, {minutes:.0f} minutes"
-                print(f"{name}, fold {fold}: {about}, {'done' if there else 'missing'}")
-            else:
-                run(name, fold, settings)
+                print(f"{name}, fold {fold} ({about}):", "done" if done else "missing")
+            elif not done:
+                run(name, fold, faces, settings)
 
 
-def run(name: str, fold: int, settings) -> None:
+def run(name: str, fold: int, faces: Faces, settings: Settings) -> None:
     """Train one network without a fold, and publish its ages of that fold."""
     chapter, _, _, options, differs = EXPERIMENTS[name]
-    faces = load_faces(settings)
     if differs is not None:
         settings = replace(comparison_settings(settings), **differs)
     arguments = options(faces.table) if options else {}
     held = None if name == "crossfit" and fold == MAIN else fold
     model = train(faces, settings, run_folder(name, fold), fold=held, progress=False, **arguments)
-    rows = np.flatnonzero(faces.table["fold"] == fold)
-    part, read = faces.table.iloc[rows], model.ages_and_spreads
-    ages, spreads = predict(model, faces.pixels, rows, flip=True, read=read).T
-    found = {name: ages, f"{name} spread": spreads}
+    part = faces.table[faces.table["fold"] == fold]
+
+    def publish(part: pd.DataFrame, column: str, **options) -> None:
+        ages = predict(model, faces.pixels, part.index, **options)
+        evaluation.publish(ROOT / "figures", part, **{column: ages})
+
     if chapter in (3, 4, 5):
+        publish(part, f"{name} one view")
         for kind in [*CORRUPTIONS, "occlusion"]:
-            levels = (1, 2, 3, 4, 5) if held is None else (3,)
-            for level in levels:
-                text = f"{name} {kind} {level}"
-                damage = corruption(kind, level, seed=fold)
-                found[text] = predict(model, faces.pixels, rows, corrupt=damage)
-        found[f"{name} one view"] = predict(model, faces.pixels, rows)
+            publish(part, f"{name} {kind} 3", corrupt=corruption(kind, 3, seed=fold))
+            for level in (1, 2, 4, 5) if held is None else ():
+                test, damage = part[part["split"] == "test"], corruption(kind, level, seed=fold)
+                publish(test, f"{name} {kind} {level}", corrupt=damage)
+    read = model.ages_and_spreads
+    ages, spreads = predict(model, faces.pixels, part.index, flip=True, read=read).T
     if held is None:  # the published weights, and how wide an interval must be
         valid = part.assign(predicted=ages, spread=spreads).query("split == 'valid'")
         facts = load_weights(run_folder(name, fold) / "model.safetensors")[1]
         save_weights(model, CHECKPOINT, **facts | {"intervals": evaluation.conformal(valid)})
-    evaluation.publish(ROOT / "figures", part, **found)
-    print(f"{name}, fold {fold}: published", flush=True)
+    evaluation.publish(ROOT / "figures", part, **{name: ages, f"{name} spread": spreads})
+    mae = np.abs(ages - part["age"]).mean()
+    print(f"{name}, fold {fold}: published, MAE {mae:.2f} years", flush=True)
 
 
 if __name__ == "__main__":

@@ -25,11 +25,11 @@ class Settings:
     runs: Path  # training runs: history, checkpoints, weights
     figures: Path  # figures and results.json
     publish: bool  # True while `make publish` runs: no single face of UTKFace is shown
-    image_size: int = 128  # side of the network's input
+    image_size: int = 160  # side of the network's input
     backbone: str = "face_mobilenet"  # or "small", or a name in torchvision.models
     pretrained: bool = True  # start from weights learnt on faces or on ImageNet
-    frozen: int = 0  # first blocks of the backbone's `features` that keep their start
-    epochs: int = 8
+    frozen: int = 6  # first blocks of the backbone's `features` that keep that start
+    epochs: int = 6
     batch_size: int = 64
     learning_rate: float = 5e-4  # highest rate of the one-cycle schedule
     weight_decay: float = 0.02
@@ -70,7 +70,7 @@ def get_settings(faces: str | None = None) -> Settings:
 
 def comparison_settings(settings: Settings) -> Settings:
     """The same at a fraction of the cost, for training many variants at one equal budget."""
-    small, epochs = (32, 2) if settings.faces == "sample" else (64, 4)
+    small, epochs = (32, 2) if settings.faces == "sample" else (96, 3)
     return replace(settings, image_size=small, epochs=epochs)
 
 

@@ -94,7 +94,7 @@ def train(
             model = build_model(settings, float(years.mean()), float(years.std()) or 1.0, examples)
         model.to(device, memory_format=torch.channels_last)
         blocks = getattr(model.backbone, "features", torch.nn.Sequential())
-        frozen = blocks[: settings.frozen]
+        frozen = blocks[: settings.frozen if settings.pretrained else 0]
         frozen.requires_grad_(False)
         learnt = [value for value in model.parameters() if value.requires_grad]
         backbone = DistributedDataParallel(model.backbone) if world > 1 else model.backbone
