@@ -28,6 +28,7 @@ from utils.settings import CHECKPOINT, ROOT, Settings, comparison_settings, get_
 from utils.training import predict, train
 
 MAIN = FOLDS - 1  # the fold that is valid and test of the main split
+MOBILENET_V2 = {"backbone": "mobilenet_v2", "frozen": 0}
 
 
 def crossing(table: pd.DataFrame) -> pd.Series:
@@ -60,6 +61,11 @@ def more_light(_: pd.DataFrame) -> dict:
     return {"augmentation": STANDARD | {name: 1.5 * most for name, most in LIGHT.items()}}
 
 
+def at_random(table: pd.DataFrame) -> dict:
+    """Folds that know nothing of duplicates: what a split at random would do."""
+    return {"fold": np.random.default_rng(0).permutation(len(table)) % FOLDS}
+
+
 def views(*parts: dict):
     return lambda _: {"augmentation": {k: v for part in parts for k, v in part.items()}}
 
@@ -80,6 +86,11 @@ EXPERIMENTS = {
     "views light": Experiment(3, 6, [MAIN], views(GEOMETRY, LIGHT), {}),
     "views quality": Experiment(5, 6, [MAIN], views(GEOMETRY, QUALITY), {}),
     "views occlusion": Experiment(3, 6, [MAIN], views(STANDARD, OCCLUSION), {}),
+    "start face": Experiment(4, 8, [MAIN], None, {"frozen": 0}),
+    "start random": Experiment(4, 8, [MAIN], None, {"pretrained": False}),
+    "start imagenet": Experiment(4, 12, [MAIN], None, MOBILENET_V2),
+    "start imagenet random": Experiment(4, 12, [MAIN], None, MOBILENET_V2 | {"pretrained": False}),
+    "random split": Experiment(2, 6, [0], at_random, {}),
 }
 
 
@@ -88,6 +99,14 @@ def run_folder(name: str, fold: int) -> Path:
     if (name, fold) == ("crossfit", MAIN):
         return get_settings("utkface").runs / "cnn_regression"
     return get_settings("utkface").runs / f"{name.replace(' ', '_')}_{fold}"
+
+
+def prepare(name: str, faces: Faces) -> tuple[Faces, dict]:
+    """The faces, with other folds where the experiment wants them, and arguments of `train`."""
+    options = EXPERIMENTS[name].options
+    arguments = options(faces.table) if options else {}
+    folds = arguments.pop("fold", faces.table["fold"])
+    return faces._replace(table=faces.table.assign(fold=folds)), arguments
 
 
 def is_published(name: str, fold: int, faces: pd.DataFrame) -> bool:
@@ -105,9 +124,9 @@ def main() -> None:
     parser.add_argument("--fold", type=int, help="only this one")
     parser.add_argument("--list", action="store_true", help="say what is there, train nothing")
     given, settings = parser.parse_args(), get_settings("utkface")
-    faces = load_faces(settings)
+    all_faces = load_faces(settings)
     for name in given.names or EXPERIMENTS:
-        experiment = EXPERIMENTS[name]
+        experiment, (faces, arguments) = EXPERIMENTS[name], prepare(name, all_faces)
         for fold in experiment.folds if given.fold is None else [given.fold]:
             done = is_published(name, fold, faces.table)
             minutes = experiment.minutes / len(experiment.folds)
@@ -115,15 +134,14 @@ def main() -> None:
                 about = f"chapter {experiment.chapter}, {minutes:.0f} minutes"
                 print(f"{name}, fold {fold} ({about}):", "done" if done else "missing")
             elif not done:
-                run(name, fold, faces, settings)
+                run(name, fold, faces, settings, arguments)
 
 
-def run(name: str, fold: int, faces: Faces, settings: Settings) -> None:
+def run(name: str, fold: int, faces: Faces, settings: Settings, arguments: dict) -> None:
     """Train one network without a fold, and publish its ages of that fold."""
-    chapter, _, _, options, differs = EXPERIMENTS[name]
+    chapter, differs = EXPERIMENTS[name].chapter, EXPERIMENTS[name].settings
     if differs is not None:
         settings = replace(comparison_settings(settings), **differs)
-    arguments = options(faces.table) if options else {}
     held = None if name == "crossfit" and fold == MAIN else fold
     model = train(faces, settings, run_folder(name, fold), fold=held, progress=False, **arguments)
     part = faces.table[faces.table["fold"] == fold]
@@ -132,7 +150,7 @@ def run(name: str, fold: int, faces: Faces, settings: Settings) -> None:
         ages = predict(model, faces.pixels, part.index, **options)
         evaluation.publish(ROOT / "figures", part, **{column: ages})
 
-    if chapter in (3, 4, 5):
+    if chapter in (3, 5) or name == "crossfit":
         publish(part, f"{name} one view")
         for kind in [*CORRUPTIONS, "occlusion"]:
             publish(part, f"{name} {kind} 3", corrupt=corruption(kind, 3, seed=fold))

@@ -1,6 +1,7 @@
 """Training on drawn pixels: what is read, kept, resumed, refused, and what comes out."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -49,15 +50,10 @@ def make_faces(count: int = 118) -> Faces:
     pixels = random.integers(0, 60, (count, 36, 36, 3)) + (ages * 1.5)[:, None, None, None]
     pixels[:, ::4] += (ages / 2)[:, None, None, None]
     split = np.array([SPLITS[i % 10] for i in range(count)])
-    table = pd.DataFrame(
-        dict(
-            file=[f"{age}_0_0_{i:04d}.jpg" for i, age in enumerate(ages)],
-            age=ages,
-            split=split,
-            fold=np.where(split == "train", np.arange(count) % 4, 4),
-            sha256=[f"{i:064x}" for i in range(count)],
-        )
-    )
+    table = pd.DataFrame({"age": ages, "split": split})
+    table["file"] = [f"{age}_0_0_{i:04d}.jpg" for i, age in enumerate(ages)]
+    table["fold"] = np.where(split == "train", np.arange(count) % 4, 4)
+    table["sha256"] = [f"{i:064x}" for i in range(count)]
     return Faces(table, pixels.clip(0, 255).astype(np.uint8), pd.DataFrame())
 
 
@@ -95,15 +91,24 @@ def reference(faces, tmp_path_factory):
     return learn(faces._replace(pixels=spy), run), run, spy.rows
 
 
+def test_frozen_blocks_keep_their_start(faces, tmp_path):
+    net = AgeRegressor("face_mobilenet", 32, head="distribution")
+    start = {name: value.half().float() for name, value in net.state_dict().items()}
+    few = replace(SETTINGS, frozen=2, pretrained=True, epochs=1)
+    model = train(faces, few, tmp_path / "run", net=net, progress=False)
+    moved = {name for name, value in model.state_dict().items()
+             if not torch.equal(value.half().float(), start[name])}  # fmt: skip
+    assert moved and not any(re.match(r"backbone\.features\.[01]\.", name) for name in moved)
+    assert any(name.startswith("backbone.features.2.") for name in moved)
+
+
 def test_what_a_run_leaves(faces, reference):
     model, run, _ = reference
     assert sorted(file.name for file in run.iterdir()) == [
         "configuration.json", "history.csv", "model.safetensors",
     ]  # fmt: skip
-    log, facts = (
-        pd.read_csv(run / "history.csv"),
-        load_weights(run / "model.safetensors", make_net())[1],
-    )
+    log = pd.read_csv(run / "history.csv")
+    facts = load_weights(run / "model.safetensors", make_net())[1]
     assert list(log.columns) == utils.training.COLUMNS and list(log["epoch"]) == [1, 2, 3]
     assert facts["split_digest"] == split_digest(faces.table) and facts["epochs"] == 3
     assert facts["training"]["fold"] is None and facts["precision"] == "float32"
