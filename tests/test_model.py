@@ -158,7 +158,7 @@ def test_the_face_start_is_fetched_once_or_says_where_it_is(tmp_path, monkeypatc
     monkeypatch.delenv("AGE_FACE_WEIGHTS", raising=False)
     assert utils.model.face_start() == tmp_path / "downloads" / "faceres-deep.bin"
     assert [url.rpartition(".")[2] for url in asked] == ["json", "bin"]
-    with pytest.raises(ConnectionError, match=r"deep\.json cannot be had.*AGE_FACE_WEIGHTS"):
+    with pytest.raises(ConnectionError, match=r"deep\.json cannot be had"):
         utils.model.face_start()
     monkeypatch.setenv("AGE_FACE_WEIGHTS", "nowhere.bin")
     with pytest.raises(FileNotFoundError, match=r"nowhere\.bin, and there is no such file"):

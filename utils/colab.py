@@ -18,8 +18,7 @@ def set_up(keep_in_drive: bool) -> None:
     if lacking := [name + bounds for name, bounds in wanted if name not in there]:
         print("Installing", ", ".join(lacking))
         command = [sys.executable, "-m", "pip", "install", "--quiet", *lacking]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
+        if (done := subprocess.run(command, capture_output=True, text=True)).returncode:
             raise RuntimeError(f"pip could not install them, run this cell again: {done.stderr}")
     if keep_in_drive:
         from google.colab import drive

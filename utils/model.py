@@ -98,9 +98,7 @@ class FaceMobileNet(nn.Module):
         self.feature.bias.copy_(stored["feats/bias"])
         if self.age.out_features == OLDEST + 1:
             self.age.weight.zero_()[1:101] = stored["age_pred/kernel"].T
-            self.age.bias.fill_(-10.0)[1:101] = stored[
-                "age_pred/bias"
-            ]  # low: years not in the file
+            self.age.bias.fill_(-10)[1:101] = stored["age_pred/bias"]  # low: years it lacks
 
 
 def face_start() -> Path:
@@ -111,13 +109,8 @@ def face_start() -> Path:
             return locate(given)
         raise FileNotFoundError(f"AGE_FACE_WEIGHTS names {given}, and there is no such file")
     file = Path(os.environ.get("AGE_DATA") or ROOT / "data") / "downloads" / "faceres-deep.bin"
-    try:
-        for kind, sha256 in FACE_SHA256.items():
-            fetch(FACE_START + kind, file.with_suffix(kind), sha256)
-    except ConnectionError as error:
-        raise ConnectionError(
-            f"{error} and its .json; or set AGE_FACE_WEIGHTS to a copy"
-        ) from error
+    for kind, sha256 in FACE_SHA256.items():
+        fetch(FACE_START + kind, file.with_suffix(kind), sha256)
     return file
 
 
