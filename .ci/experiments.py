@@ -12,22 +12,34 @@ import argparse
 import sys
 from collections import namedtuple
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy.ndimage import gaussian_filter1d
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import evaluation
-from utils.augment import CORRUPTIONS, GEOMETRY, LIGHT, OCCLUSION, QUALITY, STANDARD, corruption
+from utils.augment import (
+    CORRUPTIONS,
+    GEOMETRY,
+    LIGHT,
+    OCCLUSION,
+    QUALITY,
+    STANDARD,
+    augment,
+    corruption,
+)
 from utils.faces import FOLDS, Faces, load_faces
 from utils.model import load_weights, save_weights
-from utils.settings import CHECKPOINT, ROOT, Settings, comparison_settings, get_settings
+from utils.settings import CHECKPOINT, CHIP_SIZE, ROOT, Settings, comparison_settings, get_settings
 from utils.training import predict, train
 
 MAIN = FOLDS - 1  # the fold that is valid and test of the main split
+WRONG_CROP = dict(rotate=10.0, scale=0.1, shift=0.05)  # up to so much, as a careless crop has it
 MOBILENET_V2 = {"backbone": "mobilenet_v2", "frozen": 0}
 
 
@@ -84,8 +96,10 @@ EXPERIMENTS = {
     "views none": Experiment(3, 6, [MAIN], views({}), {}),
     "views geometry": Experiment(3, 6, [MAIN], views(GEOMETRY), {}),
     "views light": Experiment(3, 6, [MAIN], views(GEOMETRY, LIGHT), {}),
-    "views quality": Experiment(5, 6, [MAIN], views(GEOMETRY, QUALITY), {}),
     "views occlusion": Experiment(3, 6, [MAIN], views(STANDARD, OCCLUSION), {}),
+    "without light": Experiment(3, 6, [MAIN], views(GEOMETRY, QUALITY), {}),
+    "without blur": Experiment(3, 6, [MAIN], views(STANDARD, dict(blur=0, resolution=0)), {}),
+    "without grain": Experiment(3, 6, [MAIN], views(STANDARD, dict(jpeg=0, noise=0)), {}),
     "start face": Experiment(4, 8, [MAIN], None, {"frozen": 0}),
     "start random": Experiment(4, 8, [MAIN], None, {"pretrained": False}),
     "start imagenet": Experiment(4, 12, [MAIN], None, MOBILENET_V2),
@@ -150,7 +164,11 @@ def run(name: str, fold: int, faces: Faces, settings: Settings, arguments: dict)
         ages = predict(model, faces.pixels, part.index, **options)
         evaluation.publish(ROOT / "figures", part, **{column: ages})
 
-    if chapter in (3, 5) or name == "crossfit":
+    if chapter == 3:
+        generator = torch.Generator().manual_seed(0)
+        damage = partial(augment, image_size=CHIP_SIZE, generator=generator, **WRONG_CROP)
+        publish(part, f"{name} wrong crop", corrupt=damage)
+    if chapter == 3 or name == "crossfit":
         publish(part, f"{name} one view")
         for kind in [*CORRUPTIONS, "occlusion"]:
             publish(part, f"{name} {kind} 3", corrupt=corruption(kind, 3, seed=fold))
