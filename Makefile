@@ -26,13 +26,14 @@ fi
 endef
 export RUN
 
-.PHONY: help course test lint lab data publish clean
+.PHONY: help course test lint lab data experiments publish clean
 
 help:
 	@echo "make course   run every notebook on the drawn sample; results in build/"
 	@echo "make test     unit tests and every notebook as a test, on the drawn sample"
 	@echo "make lab      open the course in JupyterLab"
 	@echo "make data     fetch UTKFace, or take FROM=folder-or-archive, and verify it"
+	@echo "make experiments  train what the published run lacks; hours, resumes where it was cut"
 	@echo "make publish  run every notebook on UTKFace, write the committed outputs and results"
 	@echo "make lint     check the code's style"
 	@echo "make clean    remove build/ and the drawn sample"
@@ -66,7 +67,10 @@ lab: $(READY)
 data: $(READY)
 	@$(BIN)/python -m utils.download $(if $(FROM),"$(FROM)") $(ARGS)
 
-publish: $(READY)
+experiments: $(READY)
+	@$(BIN)/python .ci/experiments.py
+
+publish: experiments
 	@mkdir -p build
 	@$(BIN)/python .ci/publish.py
 	@printf '%s\n' $(NOTEBOOKS) | AGE_FACES=utkface AGE_PUBLISH=1 WRITE=--inplace STOP=255 \
