@@ -10,7 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.evaluation import show
+import results
+
+from utils.evaluation import record, show
 from utils.settings import CHECKPOINT, ROOT
 
 # The repository's address stands in CITATION.cff alone; a fork changes it there and runs this.
@@ -61,5 +63,6 @@ def pages() -> dict:
 
 
 if __name__ == "__main__":
+    record(ROOT / "figures", **results.results())
     for page, text in pages().items():
         page.write_text(text, "utf-8")

@@ -1,0 +1,97 @@
+"""What results.json says of the published network, computed from figures/predictions.csv.gz alone.
+
+python .ci/results.py     writes it; .ci/publish.py calls this first
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils import evaluation as ev
+from utils.download import file_sha256
+from utils.model import load_weights
+from utils.settings import CHECKPOINT, ROOT
+
+COUNT = 23_705  # faces of UTKFace: what is said of all of them waits until all are there
+FEWEST = 30  # faces of each group in an age band, or the band is not compared
+LEVELS = (1, 2, 3, 4, 5)
+# As in utils.augment, which needs torch: of light and quality, and a grey square.
+TEN = """dark|bright|low contrast|colour cast|side shadow|Gaussian blur|motion blur|noise|JPEG|
+low resolution""".replace("\n", "").split("|")
+
+
+def summary(faces: pd.DataFrame, over: str) -> dict:
+    """MAE, CS@5 and bias of these faces; the first by age band and group."""
+    keys = {"age_band": ev.age_band(faces["age"]), "ethnicity": "ethnicity", "gender": "gender"}
+    whole = ev.metrics(faces).T.to_dict()
+    named = {f"{over}_{name.lower().replace('@', '')}": figure for name, figure in whole.items()}
+    return named | {
+        f"{over}_mae_by_{name}": ev.metrics_by(faces, key) for name, key in keys.items()
+    }
+
+
+def errors(run: str, files: pd.Series) -> np.ndarray:
+    """Absolute errors (years) of these faces by a run."""
+    faces = ev.published(run).set_index("file").loc[files]
+    return (faces["predicted"] - faces["age"]).abs().to_numpy()
+
+
+def corruptions(faces: pd.DataFrame, levels: tuple) -> dict:
+    """MAE by kind and severity, and its ratio to clean at severity 3; one view of each face."""
+    clean, group = errors("crossfit one view", faces["file"]), faces["group"]
+    found = {kind: {level: errors(f"crossfit {kind} {level}", faces["file"]) for level in levels}
+             for kind in [*TEN, "occlusion"]}  # fmt: skip
+    mae = {kind: {level: ev.mean_interval(e, group) for level, e in rows.items()}
+           for kind, rows in found.items()}  # fmt: skip
+    third = {kind: rows[3] for kind, rows in found.items()}
+    third["mean of the ten"] = np.mean([third[kind] for kind in TEN], axis=0)
+    ratio = {kind: ev.mean_interval(e, group, over=clean) for kind, e in third.items()}
+    return {"clean": ev.mean_interval(clean, group), "mae": mae, "ratio": ratio}
+
+
+def fairness(run: str) -> dict:
+    """Gap and MAE at equal age, of the groups with FEWEST faces or more in every band."""
+    faces = ev.published(run).query("ethnicity != 'Others'")
+    table, resamples = ev.standardised(faces, fewest=FEWEST)
+    return {"gap": ev.gap(table, resamples), "mae": table}
+
+
+def results() -> dict:
+    """All keys that follow from the predictions and the published weights."""
+    faces, (_, facts) = ev.published(), load_weights(CHECKPOINT)
+    test = faces[faces["split"] == "test"]
+    median = faces.assign(predicted=_median(faces)).loc[test.index]
+    low, high = ev.interval(test["predicted"], test["spread"], facts["intervals"])
+    inside = (test["age"] >= low) & (test["age"] <= high)
+    names = """backbone head image_size epochs valid_mae seconds images_per_second device precision
+        origin""".split()
+    found = summary(test, "test") | {
+        "baseline_constant_mae": ev.metrics(median).loc["MAE"],
+        "interval_coverage_90": ev.mean_interval(inside, test["group"]),
+        "corruption": corruptions(test, LEVELS),
+        "digests": {"split": facts["split_digest"], "checkpoint": file_sha256(CHECKPOINT)},
+        "training": {name: facts[name] for name in names},
+        "versions": facts["libraries"],
+    }
+    fair = fairness("crossfit")
+    found |= {
+        "age_standardised_gap": {"published": fair["gap"]},
+        "age_standardised_mae": fair["mae"],
+    }
+    if len(faces) == COUNT:
+        found |= summary(faces, "crossfit") | {"corruption_crossfit": corruptions(faces, (3,))}
+    return found
+
+
+def _median(faces: pd.DataFrame) -> float:
+    """Of the labels of the main split's training faces: the best constant answer."""
+    table = pd.read_csv(ROOT / "figures" / "predictions.csv.gz", usecols=["age", "split"])
+    return table.loc[table["split"] == "train", "age"].median()
+
+
+if __name__ == "__main__":
+    ev.record(ROOT / "figures", **results())
