@@ -152,7 +152,8 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="say what is there, train nothing")
     given, settings = parser.parse_args(), get_settings("utkface")
     all_faces = load_faces(settings)
-    evaluation.publish(ROOT / "figures", all_faces.table)  # makes the table if it is missing
+    if not given.list:
+        evaluation.publish(ROOT / "figures", all_faces.table)  # makes the table if it is missing
     for name in given.names or EXPERIMENTS:
         experiment, (faces, arguments) = EXPERIMENTS[name], prepare(name, all_faces)
         for fold in experiment.folds if given.fold is None else [given.fold]:
