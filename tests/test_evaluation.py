@@ -205,6 +205,8 @@ def test_published_predictions_come_back(tmp_path, monkeypatch):
     assert table["predicted"].tolist() == pytest.approx(np.arange(len(faces)) + 0.12)
     few = ev.published("few")
     assert few[["file", "predicted", "spread"]].values.tolist() == [["1.jpg", 7, 2]]
+    with pytest.raises(KeyError, match="many.*experiments"):
+        ev.published("many")
 
 
 def record_twenty(folder, name):

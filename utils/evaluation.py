@@ -20,14 +20,13 @@ def published(run: str = "crossfit") -> pd.DataFrame:
     """The published predictions of a run, for all functions here: UTKFace's face table, ages and
     spreads (NaN if not kept) in years. "crossfit": each of the 23,705 faces by a network trained
     without its fold; others hold the faces they were evaluated on (see .ci/experiments.py)."""
-    table = _predictions(ROOT / "figures")
-    known = [name for name in table if name in PUBLISHED] + ["predicted", "spread"]
-    table["predicted"], table["spread"] = table[run], table.get(f"{run} spread", np.nan)
-    return table[known].dropna(subset="predicted")
-
-
-def _predictions(folder: Path) -> pd.DataFrame:
-    return pd.read_csv(folder / "predictions.csv.gz")
+    names = {run: "predicted", f"{run} spread": "spread"}
+    kept = [*PUBLISHED, *names].__contains__
+    table = pd.read_csv(ROOT / "figures" / "predictions.csv.gz", usecols=kept)
+    if run not in table:
+        raise KeyError(f"{run!r} is no run of predictions.csv.gz: see .ci/experiments.py")
+    table = table.rename(columns=names).reindex(columns=[*PUBLISHED, *names.values()])
+    return table.dropna(subset="predicted")
 
 
 def publish(folder: Path, faces: pd.DataFrame, **runs: np.ndarray) -> None:
@@ -35,9 +34,9 @@ def publish(folder: Path, faces: pd.DataFrame, **runs: np.ndarray) -> None:
     if missing. A run's earlier ages of these faces are replaced."""
     path = folder / "predictions.csv.gz"
     with FileLock(folder / ".results.json.lock"):
-        table = (_predictions(folder) if path.is_file() else faces[PUBLISHED]).set_index("file")
+        table = (pd.read_csv(path) if path.is_file() else faces[PUBLISHED]).set_index("file")
         for run, ages in runs.items():
-            table.loc[faces["file"], run] = np.round(ages, 2).astype(float)
+            table.loc[faces["file"], run] = np.round(np.asarray(ages, float), 2)
         packed = {"method": "gzip", "mtime": 0}  # the same bytes for the same numbers
         write_atomically(path, lambda file: table.to_csv(file, compression=packed))
 
