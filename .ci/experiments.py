@@ -135,14 +135,12 @@ def is_corrupted(name: str) -> bool:
     return EXPERIMENTS[name].chapter == 3 or name == "crossfit"
 
 
-def is_published(name: str, fold: int, faces: pd.DataFrame) -> bool:
-    """Whether predictions.csv.gz holds all ages of this fold by this run."""
-    last = f"{name} occlusion 3" if is_corrupted(name) else name
+def is_published(column: str, files: pd.Series) -> bool:
+    """Whether predictions.csv.gz holds the ages of all these files in a column."""
     try:
-        there = evaluation.published(last)["file"]
-    except (FileNotFoundError, KeyError):
+        return files.isin(evaluation.published(column)["file"]).all()
+    except (FileNotFoundError, KeyError, ValueError):
         return False
-    return faces.loc[faces["fold"] == fold, "file"].isin(there).all()
 
 
 def main() -> None:
@@ -157,7 +155,8 @@ def main() -> None:
     for name in given.names or EXPERIMENTS:
         experiment, (faces, arguments) = EXPERIMENTS[name], prepare(name, all_faces)
         for fold in experiment.folds if given.fold is None else [given.fold]:
-            done = is_published(name, fold, faces.table)
+            files = faces.table.loc[faces.table["fold"] == fold, "file"]
+            done = is_published(f"{name} occlusion 3" if is_corrupted(name) else name, files)
             minutes = experiment.minutes / len(experiment.folds)
             if given.list:
                 about = f"chapter {experiment.chapter}, {minutes:.0f} minutes"
@@ -176,8 +175,9 @@ def run(name: str, fold: int, faces: Faces, settings: Settings, arguments: dict)
     part = faces.table[faces.table["fold"] == fold]
 
     def publish(part: pd.DataFrame, column: str, **options) -> None:
-        ages = predict(model, faces.pixels, part.index, **options)
-        evaluation.publish(ROOT / "figures", part, **{column: ages})
+        if not is_published(column, part["file"]):
+            ages = predict(model, faces.pixels, part.index, **options)
+            evaluation.publish(ROOT / "figures", part, **{column: ages})
 
     read = model.ages_and_spreads
     ages, spreads = predict(model, faces.pixels, part.index, flip=True, read=read).T
