@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+GRADIO := $(VENV)/.gradio
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 # Begun first, so that none of them runs alone at the end.
 LONGEST := $(filter notebooks/08% notebooks/05%,$(NOTEBOOKS))
@@ -26,12 +27,13 @@ fi
 endef
 export RUN
 
-.PHONY: help course test lint lab data experiments publish clean
+.PHONY: help course test lint lab demo data experiments publish clean
 
 help:
 	@echo "make course   run every notebook on the drawn sample; results in build/"
 	@echo "make test     unit tests and every notebook as a test, on the drawn sample"
 	@echo "make lab      open the course in JupyterLab"
+	@echo "make demo     open a page for your own photos in the browser (installs Gradio first)"
 	@echo "make data     fetch UTKFace, or take FROM=folder-or-archive, and verify it"
 	@echo "make experiments  train what the published run lacks; hours, resumes where it was cut"
 	@echo "make publish  run every notebook on UTKFace, write the committed outputs and results"
@@ -44,6 +46,10 @@ $(READY): requirements.txt
 	@"$(PYTHON)" -m venv $(VENV) || { echo "'$(PYTHON) -m venv' failed: on Debian and Ubuntu install the package python3-venv"; exit 1; }
 	@echo "Installing the packages into $(VENV) (some GB with PyTorch; a few minutes) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	@touch $@
+
+$(GRADIO): $(READY)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "gradio>=6.31,<7"
 	@touch $@
 
 course: $(READY)
@@ -63,6 +69,9 @@ lint: $(READY)
 
 lab: $(READY)
 	@$(BIN)/jupyter lab notebooks
+
+demo: $(GRADIO)
+	@$(BIN)/python -m utils.predict --demo
 
 data: $(READY)
 	@$(BIN)/python -m utils.download $(if $(FROM),"$(FROM)") $(ARGS)

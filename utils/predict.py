@@ -1,11 +1,13 @@
-"""Ages for photos: in Python, from the command line (--help), and as an ONNX file."""
+"""Ages for photos: in Python, from the command line (--help), as an ONNX file, as a page."""
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 import torch
@@ -19,6 +21,14 @@ from utils.training import predict
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # what is taken from a folder
 COLUMNS = ["file", "face", "x", "y", "width", "height", "age", "low", "high", "warnings", "error"]
 NO_FACE = "no face found: if the photo is a face crop already, give it as one (crop=True, --crop)"
+IS_CROP = "The photo is a face crop already"
+PAGE = dict(  # the demo; uploads are deleted after ten minutes, and when it ends
+    title="How old do they look?",
+    description="Apparent ages with 90 % intervals, from left to right. No proof of anyone's age.",
+    live=True, flagging_mode="never", delete_cache=(60, 600),
+)  # fmt: skip
+LOCAL = dict(server_name="127.0.0.1", share=False, run_history=False, footer_links=[],
+             inbrowser=True, show_error=True)  # fmt: skip
 
 
 class AgePredictor:
@@ -91,6 +101,36 @@ def export_onnx(predictor: AgePredictor, path: str | Path) -> None:
     write_atomically(Path(path), lambda file: program.save(file, external_data=False))
 
 
+def demo() -> None:
+    """Serve a page for photos to this machine alone, until Ctrl-C. ImportError without Gradio."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
+    import gradio as gr
+    from pytorch_grad_cam import HiResCAM
+
+    from utils import explain, plots
+
+    predictor, shown = AgePredictor(), ["face", "age", "low", "high", "warnings"]
+    layer = [*explain.stages(predictor.model).values()][-3]  # an eighth of the image's side
+
+    def answer(path: str | None, crop: bool) -> tuple:
+        if not (crops := path and get_crops(photo := read_photo(path), crop)):
+            return path, [[NO_FACE]] if path else None, None
+        table = predictor.crops([("", number, crop) for number, crop in enumerate(crops, 1)])
+        for box in table[["x", "y", "width", "height"]].dropna().to_numpy(int):
+            cv2.rectangle(photo, box, (255, 200, 0), max(photo.shape) // 200 + 1)
+        chips, titles = np.stack([crop.chips[0] for crop in crops]), [*map(str, table["face"])]
+        maps = explain.age_maps(predictor.model, chips, range(len(chips)), layer, HiResCAM)
+        figure = plots.show_maps(chips, maps, titles, None)
+        figure.set_size_inches(6, 3)
+        return photo, table[shown].round(1), figure
+
+    photo = gr.Image(sources=["upload", "webcam"], type="filepath", image_mode=None, label="Photo")
+    faces = gr.Image(label="Faces", format="jpeg", height=400, buttons=["fullscreen"])
+    ages = gr.Dataframe(headers=shown, label="Years", wrap=True, column_widths=[1, 1, 1, 1, 4])
+    inputs, outputs = [photo, gr.Checkbox(label=IS_CROP)], [faces, ages, gr.Plot(label="Maps")]
+    gr.Interface(answer, inputs, outputs, **PAGE).launch(**LOCAL)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write a row for each face; returns the exit code, 1 where a file has no answer."""
     parser = argparse.ArgumentParser("python -m utils.predict", description="Ages for photos.")
@@ -100,12 +140,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="file to write; else the screen")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--export", type=Path, metavar="FILE.onnx", help="export the network")
+    parser.add_argument("--demo", action="store_true", help="open a page for photos in a browser")
     options = parser.parse_args(arguments)
-    if not options.photos and not options.export:
-        parser.error("name photos or folders, or --export FILE.onnx")
+    if not (options.photos or options.export or options.demo):
+        parser.error("name photos or folders, --export FILE.onnx, or --demo")
     texts, files, failed = [], [], False
     write = texts.append if options.output else sys.stdout.write
     try:
+        if options.demo:
+            demo()
+            return 0
         predictor = AgePredictor(options.checkpoint)
         if options.export:
             export_onnx(predictor, options.export)
@@ -126,6 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write("\n]\n" if files and options.format == "json" else "")
         if files and options.output:
             write_atomically(options.output, lambda file: file.write_text("".join(texts), "utf-8"))
+    except ImportError as error:
+        sys.exit(f"Error: {error}: make demo installs it")
     except (OSError, ValueError) as error:
         sys.exit(f"Error: {error}")
     return int(failed)
