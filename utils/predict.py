@@ -27,6 +27,7 @@ PAGE = dict(  # the demo; uploads are deleted after ten minutes, and when it end
     description="Apparent ages with 90 % intervals, from left to right. No proof of anyone's age.",
     live=True, flagging_mode="never", delete_cache=(60, 600),
 )  # fmt: skip
+WIDTHS = ["14%", "14%", "14%", "14%", "44%"]  # of the columns
 LOCAL = dict(server_name="127.0.0.1", share=False, run_history=False, footer_links=[],
              inbrowser=True, show_error=True)  # fmt: skip
 
@@ -126,7 +127,7 @@ def demo() -> None:
 
     photo = gr.Image(sources=["upload", "webcam"], type="filepath", image_mode=None, label="Photo")
     faces = gr.Image(label="Faces", format="jpeg", height=400, buttons=["fullscreen"])
-    ages = gr.Dataframe(headers=shown, label="Years", wrap=True, column_widths=[1, 1, 1, 1, 4])
+    ages = gr.Dataframe(headers=shown, label="Years", wrap=True, column_widths=WIDTHS)
     inputs, outputs = [photo, gr.Checkbox(label=IS_CROP)], [faces, ages, gr.Plot(label="Maps")]
     gr.Interface(answer, inputs, outputs, **PAGE).launch(**LOCAL)
 
