@@ -12,6 +12,7 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import evaluation as ev
+from utils.augment import CORRUPTIONS, SEVERITIES
 from utils.download import file_sha256
 from utils.model import load_weights
 from utils.settings import CHECKPOINT, ROOT
@@ -19,9 +20,6 @@ from utils.settings import CHECKPOINT, ROOT
 COUNT = 23_705  # faces of UTKFace: what is said of all of them waits until all are there
 FEWEST = 30  # faces of each group in an age band, or the band is not compared
 LEVELS = (1, 2, 3, 4, 5)
-# As in utils.augment, which needs torch: of light and quality, and a grey square.
-TEN = """dark|bright|low contrast|colour cast|side shadow|Gaussian blur|motion blur|noise|JPEG|
-low resolution""".replace("\n", "").split("|")
 
 
 def summary(faces: pd.DataFrame, over: str) -> dict:
@@ -44,11 +42,11 @@ def corruptions(faces: pd.DataFrame, levels: tuple) -> dict:
     """MAE by kind and severity, and its ratio to clean at severity 3; one view of each face."""
     clean, group = errors("crossfit one view", faces["file"]), faces["group"]
     found = {kind: {level: errors(f"crossfit {kind} {level}", faces["file"]) for level in levels}
-             for kind in [*TEN, "occlusion"]}  # fmt: skip
+             for kind in SEVERITIES}  # fmt: skip
     mae = {kind: {level: ev.mean_interval(e, group) for level, e in rows.items()}
            for kind, rows in found.items()}  # fmt: skip
     third = {kind: rows[3] for kind, rows in found.items()}
-    third["mean of the ten"] = np.mean([third[kind] for kind in TEN], axis=0)
+    third["mean of the ten"] = np.mean([third[kind] for kind in CORRUPTIONS], axis=0)
     ratio = {kind: ev.mean_interval(e, group, over=clean) for kind, e in third.items()}
     return {"clean": ev.mean_interval(clean, group), "mae": mae, "ratio": ratio}
 
@@ -64,7 +62,7 @@ def results() -> dict:
     """All keys that follow from the predictions and the published weights."""
     faces, (_, facts) = ev.published(), load_weights(CHECKPOINT)
     test = faces[faces["split"] == "test"]
-    median = faces.assign(predicted=_median(faces)).loc[test.index]
+    median = faces.assign(predicted=_median()).loc[test.index]
     low, high = ev.interval(test["predicted"], test["spread"], facts["intervals"])
     inside = (test["age"] >= low) & (test["age"] <= high)
     names = """backbone head image_size epochs valid_mae seconds images_per_second device precision
@@ -87,7 +85,7 @@ def results() -> dict:
     return found
 
 
-def _median(faces: pd.DataFrame) -> float:
+def _median() -> float:
     """Of the labels of the main split's training faces: the best constant answer."""
     table = pd.read_csv(ROOT / "figures" / "predictions.csv.gz", usecols=["age", "split"])
     return table.loc[table["split"] == "train", "age"].median()
