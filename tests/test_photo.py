@@ -81,16 +81,17 @@ FAULTS = {
     "heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", NOT_A_PICTURE),
     "avif": (b"\0\0\0\x0aftypavif\0\0\0\0mif1avif", NOT_A_PICTURE),
     "gif": (encode(Image.new("L", (9, 9)), "GIF"), NOT_A_PICTURE),
-    "noise in a JPEG": (JPEG[:200] + bytes(2000), "is "),  # damaged, or none: as Pillow sees it
+    "noise in a JPEG": (JPEG[:200] + bytes(2000), "is damaged or cut off|is no JPEG"),
     "bomb": (encode(Image.new("1", (20_000, 20_000)), "PNG"), "100 megapixels: not opened"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_is_no_photo_is_refused_by_name(tmp_path, fault):
-    data, message = FAULTS[fault]
+    data, messages = FAULTS[fault]
+    reasons = "|".join(map(re.escape, messages.split("|")))
     (tmp_path / "Foto von mir.jpg").write_bytes(data)
-    with pytest.raises(ValueError, match=f"^Foto von mir.jpg .*{re.escape(message)}"):
+    with pytest.raises(ValueError, match=f"^Foto von mir.jpg .*({reasons})"):
         read_photo(tmp_path / "Foto von mir.jpg")
 
 
