@@ -8,6 +8,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 GRADIO := $(VENV)/.gradio
+BOOK   := $(VENV)/.book
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 # Begun first, so that none of them runs alone at the end.
 LONGEST := $(filter notebooks/08% notebooks/05%,$(NOTEBOOKS))
@@ -27,13 +28,14 @@ fi
 endef
 export RUN
 
-.PHONY: help course test lint lab demo data experiments publish clean
+.PHONY: help course test lint lab demo book data experiments publish clean
 
 help:
 	@echo "make course   run every notebook on the drawn sample; results in build/"
 	@echo "make test     unit tests and every notebook as a test, on the drawn sample"
 	@echo "make lab      open the course in JupyterLab"
 	@echo "make demo     open a page for your own photos in the browser (installs Gradio first)"
+	@echo "make book     make a web site of the committed notebooks in build/book/"
 	@echo "make data     fetch UTKFace, or take FROM=folder-or-archive, and verify it"
 	@echo "make experiments  train what the published run lacks; hours, resumes where it was cut"
 	@echo "make publish  run every notebook on UTKFace, write the committed outputs and results"
@@ -50,6 +52,11 @@ $(READY): requirements.txt
 
 $(GRADIO): $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "gradio>=6.31,<7"
+	@touch $@
+
+$(BOOK): $(READY)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "sphinx>=8,<9" "myst-nb>=1.3,<2" \
+		"sphinx-book-theme>=1.1,<2" "sphinx-mathjax-offline<1"
 	@touch $@
 
 course: $(READY)
@@ -72,6 +79,10 @@ lab: $(READY)
 
 demo: $(GRADIO)
 	@$(BIN)/python -m utils.predict --demo
+
+book: $(BOOK)
+	@$(BIN)/python .ci/book.py
+	@echo "Done. Open build/book/index.html in a browser."
 
 data: $(READY)
 	@$(BIN)/python -m utils.download $(if $(FROM),"$(FROM)") $(ARGS)
