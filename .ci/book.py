@@ -47,7 +47,7 @@ def landing_page() -> str:
     results = re.search(r"## What came out\n.*?(?=\n## )", readme, re.S)[0]
     pages = "\n".join(sorted(path.stem for path in SOURCE.glob("*.ipynb")))
     contents = f"```{{toctree}}\n:caption: Chapters\n:maxdepth: 1\n\n{pages}\n```\n"
-    return "\n\n".join([opening.strip(), "## Chapters", contents, results])
+    return "\n\n".join([opening.strip(), contents, results])
 
 
 def to_page(text: str) -> str:
@@ -65,7 +65,8 @@ def to_page(text: str) -> str:
 def with_links(text: str) -> str:
     """Links to files outside the book lead to the repository, or are plain text without one."""
     link = rf"[\1]({publish.ADDRESS}/blob/main/\2)" if ONLINE else r"\1"
-    text = re.sub(r"\[([^]]*)\]\((?:\.\./)?((?:data|figures|utils|\.ci)/[^)]*|[A-Z][\w.]*)\)", link, text)
+    outside = r"\[([^]]*)\]\((?:\.\./)?((?:data|figures|utils|\.ci)/[^)]*|[A-Z][\w.]*)\)"
+    text = re.sub(outside, link, text)
     return text.replace("](notebooks/", "](")
 
 
