@@ -22,6 +22,8 @@ from scipy.ndimage import gaussian_filter1d
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from results import cross_calibrated
+
 from utils import evaluation
 from utils.augment import (
     CORRUPTIONS,
@@ -163,6 +165,25 @@ def main() -> None:
                 print(f"{name}, fold {fold} ({about}):", "done" if done else "missing")
             elif not done:
                 run(name, fold, faces, settings, arguments)
+    if not given.list:
+        publish_calibrated(len(all_faces.table))
+
+
+def publish_calibrated(count: int) -> None:
+    """Once all folds are there: each one's answers, corrected by what the others show (chapter 6),
+    and the correction of the published network in its file."""
+    try:
+        raw = evaluation.published("uncalibrated")
+    except KeyError:
+        return
+    if len(raw) == count:
+        faces = cross_calibrated(raw)
+        answers = {"crossfit": faces["predicted"], "crossfit spread": faces["spread"]}
+        evaluation.publish(ROOT / "figures", faces, **answers)
+        model, facts = load_weights(CHECKPOINT)
+        facts["calibration"] = evaluation.calibration(raw[raw["fold"] != MAIN])
+        facts["intervals"] = evaluation.conformal(faces[faces["split"] == "valid"])
+        save_weights(model, CHECKPOINT, **facts)
 
 
 def run(name: str, fold: int, faces: Faces, settings: Settings, arguments: dict) -> None:
@@ -185,7 +206,8 @@ def run(name: str, fold: int, faces: Faces, settings: Settings, arguments: dict)
         valid = part.assign(predicted=ages, spread=spreads).query("split == 'valid'")
         facts = load_weights(run_folder(name, fold) / "model.safetensors")[1]
         save_weights(model, CHECKPOINT, **facts | {"intervals": evaluation.conformal(valid)})
-    evaluation.publish(ROOT / "figures", part, **{name: ages, f"{name} spread": spreads})
+    column = "uncalibrated" if name == "crossfit" else name
+    evaluation.publish(ROOT / "figures", part, **{column: ages, f"{column} spread": spreads})
     mae = np.abs(ages - part["age"]).mean()
     print(f"{name}, fold {fold}: MAE {mae:.2f} years", flush=True)
     if chapter == 3:

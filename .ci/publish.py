@@ -21,17 +21,31 @@ PLACES = r"(?<=git clone )https://github\.com/[\w.-]+/[\w.-]+|(?<=REPOSITORY = \
 SETUP = Path(__file__).with_name("setup_cell.txt").read_text("utf-8").rstrip()
 SETUP = re.sub(PLACES, ADDRESS, SETUP)
 FOLDED = {"cellView": "form", "jupyter": {"source_hidden": True}, "tags": ["setup", "hide-input"]}
-BADGE = (
-    "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab."
-    f"research.google.com/{ADDRESS.removeprefix('https://')}/blob/main/notebooks/%s)"
-).replace("/github.com/", "/github/")
+HINT = """*No Colab badges yet: write your repository's address into CITATION.cff and run \
+`python .ci/publish.py`, which puts badges and address in every place.*"""
+
+
+def badge(address: str, name: str) -> str:
+    """The link to a notebook in Colab, or nothing while the address is the placeholder."""
+    if "/OWNER/" in address:
+        return ""
+    place = address.replace("https://github.com", "https://colab.research.google.com/github")
+    image = "https://colab.research.google.com/assets/colab-badge.svg"
+    return f"[![Open in Colab]({image})]({place}/blob/main/notebooks/{name})"
+
+
+def with_badge(text: str, under_title: str) -> str:
+    """A page whose badge, or hint, under the title is this one."""
+    title, _, rest = text.partition("\n\n")
+    rest = re.sub(r"\A(\[!\[Open in Colab\]|\*No Colab badges yet).*\n\n", "", rest)
+    return "\n\n".join(part for part in (title, under_title, rest) if part)
 
 
 def with_setup(text: str, name: str) -> str:
     """The text of a notebook with its badge and setup cell written anew, all else as it is."""
     cells = (notebook := json.loads(text))["cells"]
-    parts = re.match(r"(.*)\s*(?:\[!\[Open in Colab\].*)?\s*((?s:.*))", "".join(cells[0]["source"]))
-    cells[0]["source"] = f"{parts[1]}\n\n{BADGE % name}\n\n{parts[2]}".splitlines(keepends=True)
+    head = with_badge("".join(cells[0]["source"]), badge(ADDRESS, name))
+    cells[0]["source"] = head.splitlines(keepends=True)
     (setup,) = (cell for cell in cells if "setup" in cell["metadata"].get("tags", []))
     setup["source"] = SETUP.splitlines(keepends=True)
     setup["metadata"] |= FOLDED
@@ -59,6 +73,8 @@ def pages() -> dict:
     cells = {p: with_setup(p.read_text("utf-8"), p.name) for p in ROOT.glob("notebooks/*.ipynb")}
     cards = (ROOT / "README.md", CHECKPOINT.with_name("README.md"))
     texts = {p: re.sub(PLACES, ADDRESS, p.read_text("utf-8")) for p in cards}
+    start = badge(ADDRESS, "00_start_here.ipynb") or HINT
+    texts[ROOT / "README.md"] = with_badge(texts[ROOT / "README.md"], start)
     return cells | {p: with_results(text, results) for p, text in texts.items()}
 
 

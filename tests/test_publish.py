@@ -87,5 +87,15 @@ def test_a_result_is_filled_in_and_a_missing_one_is_an_error():
 def test_the_address_is_the_same_everywhere():
     """A fork changes CITATION.cff; `python .ci/publish.py` brings it to all other places."""
     assert ADDRESS in publish.SETUP
-    assert ADDRESS.removeprefix("https://github.com/") in publish.BADGE
     assert f"git clone {ADDRESS}" in publish.pages()[ROOT / "README.md"]
+
+
+def test_badges_appear_with_an_address_and_are_hidden_without():
+    assert publish.badge("https://github.com/OWNER/course", "1.ipynb") == ""
+    link = publish.badge("https://github.com/me/course", "1.ipynb")
+    assert link.endswith("research.google.com/github/me/course/blob/main/notebooks/1.ipynb)")
+    for before in ("# T\n\nText\n\nmore", f"# T\n\n{link}\n\nText\n\nmore"):
+        assert publish.with_badge(before, "") == "# T\n\nText\n\nmore"
+        assert publish.with_badge(before, link) == f"# T\n\n{link}\n\nText\n\nmore"
+    hinted = publish.with_badge("# T\n\nText", publish.HINT)
+    assert publish.with_badge(hinted, link) == f"# T\n\n{link}\n\nText"

@@ -19,7 +19,8 @@ SMALL = 30  # faces: the figure of a smaller group is not worth comparing
 def published(run: str = "crossfit") -> pd.DataFrame:
     """The published predictions of a run, for all functions here: UTKFace's face table, ages and
     spreads (NaN if not kept) in years. "crossfit": each of the 23,705 faces by a network trained
-    without its fold; others hold the faces they were evaluated on (see .ci/experiments.py)."""
+    without its fold, "uncalibrated" the same before `calibrate`; others hold the faces they were
+    evaluated on (see .ci/experiments.py)."""
     names = {run: "predicted", f"{run} spread": "spread"}
     kept = [*PUBLISHED, *names].__contains__
     table = pd.read_csv(ROOT / "figures" / "predictions.csv.gz", usecols=kept)
@@ -140,6 +141,20 @@ def _at_equal_age(people, band, share, error, weights=1) -> np.ndarray:
     weights = weights * share / np.maximum(np.bincount(cell, weights)[cell], 1)
     with np.errstate(invalid="ignore"):  # a resample may lack a whole group
         return np.bincount(people, weights * error) / np.bincount(people, weights)
+
+
+def calibration(predictions: pd.DataFrame) -> dict:
+    """The median of label minus answer (years) in each band of predicted age; 0 if n < SMALL."""
+    off = predictions["age"] - predictions["predicted"]
+    found = off.groupby(age_band(predictions["predicted"]), observed=False).agg(["median", "size"])
+    years = found["median"].where(found["size"] >= SMALL, 0).round(2)
+    return {"edges": list(AGE_BANDS.values()), "years": years.tolist()}
+
+
+def calibrate(predicted, table: dict) -> np.ndarray:
+    """Predicted ages (years) [N] moved by a table of `calibration`."""
+    predicted, bands = np.asarray(predicted, float), np.digitize(predicted, table["edges"][1:])
+    return np.maximum(predicted + np.take(table["years"], bands), 0)
 
 
 def conformal(predictions: pd.DataFrame, level: float = 0.9) -> dict:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from utils.evaluation import interval
+from utils.evaluation import calibrate, interval
 from utils.model import AgeRegressor, load_weights
 from utils.photo import VIEWS, Crop, get_crops, read_photo
 from utils.settings import CHECKPOINT, CHIP_SIZE, write_atomically
@@ -38,6 +38,7 @@ class AgePredictor:
     def __init__(self, checkpoint: str | Path = CHECKPOINT) -> None:
         self.model, self.facts = load_weights(Path(checkpoint))
         self.intervals = self.facts.get("intervals")
+        self.calibration = self.facts.get("calibration", {"edges": [0], "years": [0.0]})
 
     def chips(self, chips: np.ndarray, views: int = 1) -> pd.DataFrame:
         """age, low, high and spread in years of chips (uint8 RGB [N, CHIP_SIZE, CHIP_SIZE, 3]):
@@ -45,6 +46,7 @@ class AgePredictor:
         rows, read = np.arange(len(chips)), self.model.ages_and_spreads
         answers = predict(self.model, chips, rows, flip=True, read=read).astype(float)
         age, spread = answers.reshape(-1, views, 2).mean(1).T
+        age = calibrate(age, self.calibration)
         low, high = interval(age, spread, self.intervals) if self.intervals else (np.nan, np.nan)
         return pd.DataFrame({"age": age, "low": low, "high": high, "spread": spread})
 
@@ -78,8 +80,9 @@ class AgePredictor:
 
 
 class _Graph(torch.nn.Module):  # uint8 chips [N, 3, CHIP_SIZE, CHIP_SIZE] to age and spread [N]
-    def __init__(self, model: AgeRegressor) -> None:
+    def __init__(self, model: AgeRegressor, edges: list, years: list) -> None:
         super().__init__()
+        self.edges, self.years = torch.tensor(edges[1:]), torch.tensor(years)
         eye, shape = torch.eye(CHIP_SIZE)[None, None], (model.image_size, CHIP_SIZE)
         matrix = torch.nn.functional.interpolate(eye, shape, mode="bilinear", antialias=True)
         self.model, self.matrix = model, matrix[0, 0]  # resizes alike in every runtime
@@ -87,13 +90,15 @@ class _Graph(torch.nn.Module):  # uint8 chips [N, 3, CHIP_SIZE, CHIP_SIZE] to ag
     def forward(self, chips: torch.Tensor) -> tuple[torch.Tensor, ...]:
         images = (self.matrix @ (chips.float() / 255) @ self.matrix.T).clamp(0, 1)
         outputs = [self.model.outputs(view) for view in (images, images.flip(3))]
-        return (sum(self.model.ages_and_spreads(view) for view in outputs) / 2).unbind(1)
+        age, spread = (sum(self.model.ages_and_spreads(view) for view in outputs) / 2).unbind(1)
+        bands = (age.unsqueeze(1) >= self.edges).sum(1)
+        return (age + self.years[bands]).clamp(min=0), spread
 
 
 def export_onnx(predictor: AgePredictor, path: str | Path) -> None:
     """Write one ONNX file: `chips` (uint8 RGB [N, 3, 128, 128]) to `age`, `spread` (float32 [N] in
     years, mean over chip and mirror image). Metadata: "intervals" (JSON or null), "crop"."""
-    graph = _Graph(predictor.model.cpu()).eval()
+    graph = _Graph(predictor.model.cpu(), **predictor.calibration).eval()
     chips = torch.zeros(2, 3, CHIP_SIZE, CHIP_SIZE, dtype=torch.uint8)
     names = dict(input_names=["chips"], output_names=["age", "spread"], verbose=False)
     program = torch.onnx.export(graph, (chips,), **names, dynamic_shapes=[{0: "faces"}])
