@@ -21,7 +21,7 @@ STAND_INS = {  # for Colab's own packages; pip notes what it is asked for, or fa
     "sitecustomize.py": """import importlib.metadata as m
 there = m.distributions
 m.distributions = lambda **options: (
-    d for d in there(**options) if d.name not in ("grad-cam", "fairlearn", "torch"))
+    d for d in there(**options) if d.name not in ("grad-cam", "fairlearn"))
 """,
     "pip/__init__.py": "",
     "pip/__main__.py": """import os, sys
@@ -55,7 +55,7 @@ def test_the_setup_cell_in_colab(tmp_path, fails):
     done = subprocess.run([sys.executable, "-c", cell], cwd=content, env=environment, text=True,
                           capture_output=True)  # fmt: skip
     if fails:
-        assert "pip could not install them, run this cell again: ERROR: no network" in done.stderr
+        assert "ERROR: no network" in done.stderr and "CalledProcessError" in done.stderr
         return
     assert done.returncode == 0, done.stderr
     asked = re.findall(r"[a-z][\w-]+", (tmp_path / "pip.log").read_text())
@@ -63,7 +63,7 @@ def test_the_setup_cell_in_colab(tmp_path, fails):
     assert "mounted" in done.stdout and "GPU: none. Choose Runtime" in done.stdout
     kept = content / "drive" / "MyDrive" / Path(ADDRESS).name
     assert done.stdout.splitlines()[-1] == str(kept)
-    assert (content / kept.name / "utils" / "colab.py").is_file()
+    assert (content / kept.name / "utils" / "settings.py").is_file()
 
 
 def test_pages_say_what_publish_writes():

@@ -16,7 +16,7 @@ from utils import faces, synthetic
 from utils.settings import CHIP_SIZE, ROOT
 
 COUNT = 100
-DIGEST = "03c318358d0ad648fffbad7c216ade2c6182fba4143185b9f0d4055d47a5e5bf"  # of names and bytes
+DIGEST = "d4783729ac310a8c6b6b3f94ed69646ea4bd92728c3bc39bba372cfdc1340118"  # of names and bytes
 FILE_NAME = re.compile(r"\d{1,3}_[01]_[0-4]_\d{17} ?\.jpg\.chip\.jpg")
 
 
@@ -42,16 +42,13 @@ def test_a_sample_is_always_the_same_and_another_seed_another(sample, tmp_path):
     assert not mine & other
 
 
-def test_names_are_utkfaces_and_tell_the_truth(plan):
+def test_names_are_utkfaces(plan):
     assert len({name for name, _, _ in plan}) == 4000
     for name, person, defect in plan:
-        assert synthetic.get_truth(name) == person
         assert (FILE_NAME.fullmatch(name) is None) == (defect == "malformed")
         assert (" " in name) == (defect == "space")
         assert name.startswith(f"{person.label}_{person.gender}_")
         assert 1 <= person.age <= 100 and person.label >= 1
-    with pytest.raises(ValueError):
-        synthetic.get_truth("26_0_1_2017.jpg")
 
 
 def test_files_are_chips_but_for_one_cut_short_and_copies_are_near(sample):
@@ -75,7 +72,7 @@ def test_files_are_chips_but_for_one_cut_short_and_copies_are_near(sample):
 def test_the_gap_makes_one_group_darker_and_noisier_and_its_control_none():
     for gap, brightness, grain in ((True, (0, 0.5), (3, 99)), (False, (0.88, 1.12), (0.88, 1.12))):
         chosen = [synthetic.get_person(0, k, gap=gap) for k in range(120)]
-        photos = [synthetic._photograph(person).astype(np.float32) for person in chosen]
+        photos = [synthetic.draw_face(person).astype(np.float32) for person in chosen]
         light = np.array([photo.mean() for photo in photos])
         rough = np.array([np.abs(cv2.Laplacian(p, cv2.CV_32F)).mean() for p in photos]) / light
         group = np.array([person.ethnicity == 3 for person in chosen])
@@ -85,25 +82,6 @@ def test_the_gap_makes_one_group_darker_and_noisier_and_its_control_none():
             control = synthetic.get_person(0, k, gap=not gap)
             assert control._replace(exposure=person.exposure) == person
             assert (control.exposure == person.exposure) == (person.ethnicity != 3)
-
-
-def test_masks_hold_the_pixels_that_age_changes_and_follow_from_the_name():
-    inside, outside = [], []
-    for person in (synthetic.get_person(0, k, gap=False) for k in range(5)):
-        masks = synthetic.draw_face(person._replace(age=75))[1]
-        assert tuple(masks) == synthetic.CUES
-        assert all(m.dtype == bool and m.shape == (CHIP_SIZE,) * 2 for m in masks.values())
-        adult = np.any([mask for cue, mask in masks.items() if cue != "proportions"], 0)
-        old, young = (synthetic._photograph(person._replace(age=a)).astype(int) for a in (75, 30))
-        change = np.abs(old - young).mean(2)
-        inside.append(change[adult].mean())
-        outside.append(change[~adult].mean())
-        assert 0.1 < adult.mean() < 0.6
-        assert all(0.002 < masks[cue].mean() < 0.08 for cue in synthetic.CUES[3:])
-    assert np.mean(inside) > 10 * np.mean(outside)
-    name, person, _ = synthetic.plan_sample(COUNT)[-1]  # a copy
-    masks, again = synthetic.draw_face(person)[1], synthetic.cue_masks(name)
-    assert all((masks[cue] == again[cue]).all() for cue in synthetic.CUES)
 
 
 def test_killed_half_way_leaves_no_sample_and_a_used_folder_is_refused(tmp_path, monkeypatch):

@@ -110,18 +110,6 @@ def gap(table: pd.DataFrame, resamples: np.ndarray, spread=np.ptp) -> dict:
     return {"value": value, "low": max(0.0, low), "high": max(0.0, high), "n": n}
 
 
-def gap_p_value(predictions: pd.DataFrame, key="ethnicity", draws=1000, **options) -> float:
-    """Share of permutations of people, in age bands, duplicates together, with a gap as large."""
-    people, *rows, group = _comparable(predictions, key, **options)
-    _, first, place = np.unique(group, return_index=True, return_inverse=True)
-    band, observed, gaps = rows[0][first], np.ptp(_at_equal_age(people, *rows)), []
-    rng, shuffled, by_band = np.random.default_rng(0), people[first], np.argsort(band, stable=True)
-    for _ in range(draws):
-        shuffled[by_band] = people[first][np.lexsort((rng.random(len(band)), band))]
-        gaps.append(np.ptp(_at_equal_age(shuffled[place], *rows)))
-    return (1 + np.sum(np.array(gaps) >= observed - 1e-9)) / (1 + draws)
-
-
 def _comparable(predictions, key, bands=None, standard=None, fewest=5) -> list[np.ndarray]:
     """People, band, its share, error and duplicate group of the faces in bands that are kept."""
     people, error = predictions[key].astype(str), predictions["predicted"] - predictions["age"]

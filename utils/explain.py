@@ -1,11 +1,10 @@
-"""Where the network looks: signed Grad-CAM maps, float32 [N, h, w], of the years by which a layer's
-features at each place raise (+) or lower (-) the age, to first order."""
+"""Where the network looks: maps of the years by which each place of a face raises (+) or lowers (-)
+its age, compared with the same face strongly blurred, to first order (chapter 7 chose them)."""
 
 import numpy as np
 import torch
-from pytorch_grad_cam import GradCAM
+import torch.nn.functional as F
 from torch import nn
-from tqdm.auto import tqdm
 
 from utils.augment import resize
 from utils.model import AgeRegressor
@@ -23,17 +22,28 @@ def stages(model: AgeRegressor) -> dict[int, nn.Module]:
     return found
 
 
-def age_maps(model: AgeRegressor, pixels: np.ndarray, rows: np.ndarray, layer: nn.Module,
-        method=GradCAM, batch_size=64, *, progress=False, corrupt=None) -> np.ndarray:  # fmt: skip
-    """Maps [len(rows), h, w] of `pixels[rows]` (uint8 [N, H, W, 3]) at a layer by a `method` of the
-    package grad-cam, not rectified and scaled as its own; `corrupt`: see utils.training.predict."""
-    parts, maps = np.split(np.asarray(rows), range(batch_size, len(rows), batch_size)), []
-    with method(model.eval(), [layer]) as cam:
-        for part in tqdm(parts, "maps", disable=not progress):
-            chips = torch.from_numpy(pixels[part]).permute(0, 3, 1, 2).to(model.mean.device)
-            images = resize(corrupt(chips) if corrupt else chips, model.image_size)
-            targets, kept = [lambda age: age] * len(images), cam.activations_and_grads
-            cam(images.requires_grad_(), targets)  # so that frozen weights have gradients, too
-            seen, slopes = kept.activations[0].numpy(), kept.gradients[0].numpy()
-            maps.append(cam.get_cam_image(images, layer, targets, seen, slopes, False))
-    return np.concatenate(maps).astype(np.float32)
+def blurred(images: torch.Tensor) -> torch.Tensor:
+    """Images [B, 3, S, S] in 0-1 as if they had 10 x 10 pixels, smoothly enlarged."""
+    small = F.adaptive_avg_pool2d(images, 10)
+    return F.interpolate(small, images.shape[-1], mode="bicubic").clamp(0, 1)
+
+
+def age_maps(model: AgeRegressor, pixels: np.ndarray, rows: np.ndarray, side: int = 20,
+             batch_size: int = 32) -> np.ndarray:  # fmt: skip
+    """Difference maps in years, float32 [len(rows), s, s], of `pixels[rows]` (uint8 [N, H, W, 3]):
+    the age's gradient times (features - features of the blurred face), summed over the features of
+    the layer whose side s is nearest to `side` places."""
+    layers, kept, maps = stages(model), [], []
+    layer = layers[min(layers, key=lambda places: abs(places - side))]
+    handle = layer.register_forward_hook(lambda *given: kept.append(given[2]))
+    for part in np.split(np.asarray(rows), range(batch_size, len(rows), batch_size)):
+        chips = torch.from_numpy(np.asarray(pixels[part])).permute(0, 3, 1, 2)
+        images = resize(chips.to(model.mean.device), model.image_size).requires_grad_()
+        with torch.no_grad():
+            model(blurred(images))
+        ages, (base, features) = model(images), kept
+        (slope,) = torch.autograd.grad(ages.sum(), features)
+        maps.append((slope * (features - base)).sum(1).detach().cpu().numpy())
+        kept.clear()
+    handle.remove()
+    return np.concatenate(maps)

@@ -111,12 +111,10 @@ def demo() -> None:
     """Serve a page for photos to this machine alone, until Ctrl-C. ImportError without Gradio."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
     import gradio as gr
-    from pytorch_grad_cam import HiResCAM
 
     from utils import explain, plots
 
     predictor, shown = AgePredictor(), ["face", "age", "low", "high", "warnings"]
-    layer = [*explain.stages(predictor.model).values()][-3]  # an eighth of the image's side
 
     def answer(path: str | None, crop: bool) -> tuple:
         if not (crops := path and get_crops(photo := read_photo(path), crop)):
@@ -125,7 +123,7 @@ def demo() -> None:
         for box in table[["x", "y", "width", "height"]].dropna().to_numpy(int):
             cv2.rectangle(photo, box, (255, 200, 0), max(photo.shape) // 200 + 1)
         chips, titles = np.stack([crop.chips[0] for crop in crops]), [*map(str, table["face"])]
-        maps = explain.age_maps(predictor.model, chips, range(len(chips)), layer, HiResCAM)
+        maps = explain.age_maps(predictor.model, chips, range(len(chips)))
         figure = plots.show_maps(chips, maps, titles, None)
         figure.set_size_inches(6, 3)
         return photo, table[shown].round(1), figure

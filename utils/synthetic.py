@@ -10,6 +10,7 @@ import numpy as np
 
 from utils.settings import CHIP_SIZE
 
+cv2.ipp.setUseIPP(False)  # Intel's routines round as the CPU has it: the sample would depend on it
 CUES = ("proportions", "hairline", "hair", "forehead_lines", "eye_lines", "mouth_lines", "spots")
 GROUPS = (  # share, mean skin tone, years at 0, 5, 10, 20, ..., 90, 95 and 100 %, like UTKFace's
     (0.43, 0.28, (1, 4, 9, 19, 26, 29, 35, 40, 50, 58, 68, 78, 100)),  # White
@@ -101,9 +102,9 @@ def _arc(x, y, rx, ry, start=0, stop=360, power=2.0) -> np.ndarray:
     return np.sign(points) * np.abs(points) ** (2 / power) * (rx, ry) + (x, y)
 
 
-def _draw(person: Person, **ages: float) -> np.ndarray:
-    """The face before any camera, uint8 RGB [CHIP_SIZE, CHIP_SIZE, 3]; `ages` of single cues."""
-    ages = {cue: person.age * person.pace[cue] for cue in CUES} | ages
+def _draw(person: Person) -> np.ndarray:
+    """The face before any camera, uint8 RGB [CHIP_SIZE, CHIP_SIZE, 3]."""
+    ages = {cue: person.age * person.pace[cue] for cue in CUES}
     rng = np.random.default_rng([person.seed, person.index, 2])  # draws the same at any age
     tilt, scale = np.radians(rng.normal(0, 3.5)), 0.92 * np.exp(rng.normal(0, 0.03))
     (x, y), c, s = rng.normal((97.5, 104), 2.5), scale * np.cos(tilt), scale * np.sin(tilt)
@@ -207,8 +208,9 @@ def _draw(person: Person, **ages: float) -> np.ndarray:
     return cv2.resize(canvas, (CHIP_SIZE, CHIP_SIZE), interpolation=cv2.INTER_AREA)
 
 
-def _photograph(person: Person) -> np.ndarray:
-    """The face in its light, with blur and sensor noise that do not depend on age."""
+def draw_face(person: Person) -> np.ndarray:
+    """One face, uint8 RGB [128, 128, 3], in its light, with blur and noise of a camera that do not
+    depend on age."""
     rng = np.random.default_rng([person.seed, person.index, 3])
     angle, slope, blur, noise = rng.uniform((0, 0, 0.15, 2), (2 * np.pi, 0.25, 1, 6))
     cast = person.exposure * np.exp(rng.normal(-0.08, 0.11) + rng.normal(0, 0.025, 3))
@@ -222,30 +224,6 @@ def _photograph(person: Person) -> np.ndarray:
     image = np.clip(image, 0, 255).round().astype(np.uint8)
     image = cv2.convertScaleAbs(image, alpha=1.04, beta=3) if person.kind == "brightened" else image
     return image[:, MOVED] if person.kind == "shifted" else image
-
-
-def draw_face(person: Person) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """One photographed face, and which of its pixels depend on each age cue.
-    Returns uint8 RGB [128, 128, 3], before JPEG, and for each of CUES bool [128, 128]: True where
-    the drawing changes by 6 levels (of 255) or more while this cue alone is 1, 25 and 95 years old.
-    """
-    masks = {}
-    for cue in CUES:
-        mask = np.ptp([_draw(person, **{cue: age}) for age in (1, 25, 95)], 0).max(2) >= 6
-        masks[cue] = mask[:, MOVED] if person.kind == "shifted" else mask
-    return _photograph(person), masks
-
-
-def get_truth(file_name: str, gap: bool = True) -> Person:
-    """The person in a file, with the true age; ValueError where its name holds no date-time."""
-    stamp = file_name.split("_")[-1].split(".")[0].strip()
-    since = datetime.strptime(stamp + "000", "%Y%m%d%H%M%S%f") - datetime(2001, 1, 1)
-    return get_person(since.days, since.seconds, since.microseconds // 1000, gap)
-
-
-def cue_masks(file_name: str) -> dict[str, np.ndarray]:
-    """Masks as in `draw_face` for a file of the sample; the same with and without the gap."""
-    return draw_face(get_truth(file_name))[1]
 
 
 def plan_sample(count: int = 2400, seed: int = 0, gap: bool = True) -> list[tuple]:
@@ -273,6 +251,6 @@ def draw_sample(folder: Path, count: int = 2400, seed: int = 0, gap: bool = True
     if any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty: remove it to draw the sample anew")
     for name, person, defect in plan_sample(count, seed, gap):
-        image, quality = _photograph(person)[..., ::-1], person.quality
+        image, quality = draw_face(person)[..., ::-1], person.quality
         data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
         (folder / name).write_bytes(data[:200] if defect == "corrupt" else data)
