@@ -24,6 +24,26 @@ FOLDED = {"cellView": "form", "jupyter": {"source_hidden": True}, "tags": ["setu
 HINT = """*No Colab badges yet: write your repository's address into CITATION.cff and run \
 `python .ci/publish.py`, which puts badges and address in every place.*"""
 
+HUB_HEAD = """---
+license: other
+license_name: utkface-non-commercial-research
+license_link: https://susanqq.github.io/UTKFace/
+language: en
+pipeline_tag: image-classification
+base_model: HSE-asavchenko/HSE_FaceRec_tf
+tags: [age-estimation, face, image-regression, pytorch, safetensors, onnx, conformal-prediction]
+datasets: [py97/UTKFace-Cropped]
+metrics: [mae]
+model-index:
+  - name: age_utkface
+    results:
+      - task: {type: image-classification, name: Age estimation in years}
+        dataset: {type: py97/UTKFace-Cropped, name: "UTKFace, leak-free 10 %", split: test}
+        metrics:
+"""
+HUB_VALUE = """          - {{type: {kind}, value: {value}, name: "{name}: {text}"}}
+"""
+
 
 def badge(address: str, name: str) -> str:
     """The link to a notebook in Colab, or nothing while the address is the placeholder."""
@@ -67,6 +87,19 @@ def with_results(text: str, results: dict) -> str:
     return re.sub(r"(<!--=(.+?)(%?)-->).*?<!--/-->", fill, text)
 
 
+def hub_head(results: dict) -> str:
+    """The YAML head by which model hubs read a model card: licence, data, measured values."""
+    names = {"mae": ("test_mae", 1, "MAE (years)"), "bias": ("test_bias", 1, "bias (years)"),
+             "cs5": ("test_cs5", 100, "answers within 5 years (%)"),
+             "coverage": ("interval_coverage_90", 100, "labels inside the 90 % interval (%)")}  # fmt: skip
+    values = []
+    for kind, (key, factor, name) in names.items():
+        figure = {k: v * (1 if k == "n" else factor) for k, v in results[key].items()}
+        values.append(HUB_VALUE.format(kind=kind, value=round(figure["value"], 2), name=name,
+                                       text=show(figure)))  # fmt: skip
+    return HUB_HEAD + "".join(values) + "---\n\n"
+
+
 def pages() -> dict:
     """What README, model card and notebooks should say, by path."""
     results = json.loads((ROOT / "figures" / "results.json").read_text("utf-8"))
@@ -75,7 +108,9 @@ def pages() -> dict:
     texts = {p: re.sub(PLACES, ADDRESS, p.read_text("utf-8")) for p in cards}
     start = badge(ADDRESS, "00_start_here.ipynb") or HINT
     texts[ROOT / "README.md"] = with_badge(texts[ROOT / "README.md"], start)
-    return cells | {p: with_results(text, results) for p, text in texts.items()}
+    texts = {p: with_results(text, results) for p, text in texts.items()}
+    card = re.sub(r"\A---\n.*?\n---\n\n", "", texts[cards[1]], count=1, flags=re.S)
+    return cells | texts | {cards[1]: hub_head(results) + card}
 
 
 if __name__ == "__main__":

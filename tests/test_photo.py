@@ -22,7 +22,7 @@ needs_detector = pytest.mark.skipif(not DETECTOR, reason="needs AGE_FACE_DETECTO
 
 @pytest.fixture(scope="module")
 def face() -> np.ndarray:
-    return draw_face(get_person(0, 7, gap=False))[0]
+    return draw_face(get_person(0, 7, gap=False))
 
 
 def encode(image: Image.Image, kind: str, **options) -> bytes:

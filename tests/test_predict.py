@@ -24,7 +24,7 @@ INTERVALS = {"level": 0.9, "edges": [0, 30, 50], "factors": [1.0, 2.0, 3.0]}
 
 @pytest.fixture(scope="module")
 def chips() -> np.ndarray:
-    return np.stack([draw_face(get_person(0, i, gap=False))[0] for i in range(6)])
+    return np.stack([draw_face(get_person(0, i, gap=False)) for i in range(6)])
 
 
 @pytest.fixture(scope="module")

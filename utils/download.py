@@ -43,15 +43,16 @@ def make_once(path: Path, write: Callable[[Path], object]) -> None:
         raise
 
 
-def fetch(url: str, path: Path, sha256: str) -> Path:
-    """`path`, downloaded from `url` unless it is there with this sha256, or ConnectionError."""
+def fetch(url: str, path: Path, sha256: str, way_out: str = "") -> Path:
+    """`path`, downloaded from `url` unless it is there with this sha256, or ConnectionError, which
+    ends in another `way_out`."""
     try:
         if not path.is_file() or file_sha256(path) != sha256:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), sha256, sys.stderr.isatty())
     except Exception as error:  # of the network, the server, the sha256 or the disk
         text = f"{url} could not be downloaded ({error}): run again when there is a network"
-        raise ConnectionError(f"{text}, or save it with a browser as {path}") from error
+        raise ConnectionError(f"{text}, or save it with a browser as {path}{way_out}") from error
     return path
 
 

@@ -36,6 +36,7 @@ def publish(folder: Path, faces: pd.DataFrame, **runs: np.ndarray) -> None:
     path = folder / "predictions.csv.gz"
     with FileLock(folder / ".results.json.lock"):
         table = (pd.read_csv(path) if path.is_file() else faces[PUBLISHED]).set_index("file")
+        table = table.copy()  # in one piece, which more columns can join
         for run, ages in runs.items():
             table.loc[faces["file"], run] = np.round(np.asarray(ages, float), 2)
         packed = {"method": "gzip", "mtime": 0}  # the same bytes for the same numbers

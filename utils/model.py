@@ -110,7 +110,8 @@ def face_start() -> Path:
         raise FileNotFoundError(f"AGE_FACE_WEIGHTS names {given}, and there is no such file")
     file = Path(os.environ.get("AGE_DATA") or ROOT / "data") / "downloads" / "faceres-deep.bin"
     for kind, sha256 in FACE_SHA256.items():
-        fetch(FACE_START + kind, file.with_suffix(kind), sha256)
+        way_out = ", or set AGE_FACE_WEIGHTS to a copy"
+        fetch(FACE_START + kind, file.with_suffix(kind), sha256, way_out)
     return file
 
 

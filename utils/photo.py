@@ -97,10 +97,7 @@ def load_detector() -> cv2.FaceDetectorYN:
             raise ValueError(f"AGE_FACE_DETECTOR names {path}, not this detector. {WAY_OUT}")
     else:
         path = get_settings("sample").folder.parent / DETECTOR
-        try:
-            fetch(DETECTOR_URL, path, DETECTOR_SHA256)
-        except ConnectionError as error:
-            raise ConnectionError(f"no face detector: {error}. {WAY_OUT}") from error
+        fetch(DETECTOR_URL, path, DETECTOR_SHA256, f". {WAY_OUT}")
     level = cv2.utils.logging.setLogLevel(2)  # errors only: OpenCV 5 warns of its own default
     detector = cv2.FaceDetectorYN.create(str(path), "", (LOOK, LOOK), MIN_SCORE)
     cv2.utils.logging.setLogLevel(level)
