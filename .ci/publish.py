@@ -89,9 +89,11 @@ def with_results(text: str, results: dict) -> str:
 
 def hub_head(results: dict) -> str:
     """The YAML head by which model hubs read a model card: licence, data, measured values."""
-    names = {"mae": ("test_mae", 1, "MAE (years)"), "bias": ("test_bias", 1, "bias (years)"),
-             "cs5": ("test_cs5", 100, "answers within 5 years (%)"),
-             "coverage": ("interval_coverage_90", 100, "labels inside the 90 % interval (%)")}  # fmt: skip
+    names = {
+        "mae": ("test_mae", 1, "MAE (years)"), "bias": ("test_bias", 1, "bias (years)"),
+        "cs5": ("test_cs5", 100, "answers within 5 years (%)"),
+        "coverage": ("interval_coverage_90", 100, "labels inside the 90 % interval (%)"),
+    }  # fmt: skip
     values = []
     for kind, (key, factor, name) in names.items():
         figure = {k: v * (1 if k == "n" else factor) for k, v in results[key].items()}

@@ -44,8 +44,7 @@ def make_once(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def fetch(url: str, path: Path, sha256: str, way_out: str = "") -> Path:
-    """`path`, downloaded from `url` unless it is there with this sha256, or ConnectionError, which
-    ends in another `way_out`."""
+    """`path`, from `url` if not there with this sha256; or ConnectionError, ending in `way_out`."""
     try:
         if not path.is_file() or file_sha256(path) != sha256:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,10 +17,9 @@ SMALL = 30  # faces: the figure of a smaller group is not worth comparing
 
 
 def published(run: str = "crossfit") -> pd.DataFrame:
-    """The published predictions of a run, for all functions here: UTKFace's face table, ages and
-    spreads (NaN if not kept) in years. "crossfit": each of the 23,705 faces by a network trained
-    without its fold, "uncalibrated" the same before `calibrate`; others hold the faces they were
-    evaluated on (see .ci/experiments.py)."""
+    """A run's published ages and spreads (NaN if not kept) in years, in UTKFace's face table.
+    "crossfit": each of the 23,705 faces by a network trained without its fold, "uncalibrated" the
+    same before `calibrate`; others: the faces they were evaluated on (.ci/experiments.py)."""
     names = {run: "predicted", f"{run} spread": "spread"}
     kept = [*PUBLISHED, *names].__contains__
     table = pd.read_csv(ROOT / "figures" / "predictions.csv.gz", usecols=kept)
@@ -31,8 +30,7 @@ def published(run: str = "crossfit") -> pd.DataFrame:
 
 
 def publish(folder: Path, faces: pd.DataFrame, **runs: np.ndarray) -> None:
-    """Add ages in years of these faces by `runs` to a folder's predictions, made from a face table
-    if missing. A run's earlier ages of these faces are replaced."""
+    """Add (or replace) ages in years of these faces by `runs` in a folder's predictions.csv.gz."""
     path = folder / "predictions.csv.gz"
     with FileLock(folder / ".results.json.lock"):
         table = (pd.read_csv(path) if path.is_file() else faces[PUBLISHED]).set_index("file")
@@ -92,33 +90,33 @@ def label_noise(pairs: pd.DataFrame) -> dict:
     return mean_interval(pairs["difference"] / np.sqrt(2), pairs["group"])
 
 
-def standardised(predictions: pd.DataFrame, key="ethnicity", draws=2000, **options) -> tuple:
+def standardised(predictions: pd.DataFrame, key="ethnicity", draws=2000, fewest=5) -> tuple:
     """MAE (years) of each group of people at equal age: the sum over bands of share x MAE; and its
-    resamples [draws, groups], the same for the same faces. Options: `bands`; `standard`, their
-    shares; `fewest` faces (5) of every group, or a band is dropped. ValueError if all are."""
-    *rows, group = _comparable(predictions, key, **options)
+    resamples [draws, groups]. Bands with fewer than `fewest` faces of a group are dropped, or
+    ValueError if all are."""
+    *rows, group = _comparable(predictions, key, fewest)
     resamples = [_at_equal_age(*rows, drawn[group]) for drawn in _resamples(max(group) + 1, draws)]
     low, high = np.nanquantile(resamples, [0.025, 0.975], axis=0)
     table = {"value": _at_equal_age(*rows), "low": low, "high": high, "n": np.bincount(rows[0])}
     return pd.DataFrame(table, np.unique(predictions[key].astype(str))), np.array(resamples)
 
 
-def gap(table: pd.DataFrame, resamples: np.ndarray, spread=np.ptp) -> dict:
-    """Largest minus smallest MAE (years), or another `spread`, of `standardised`. Of noisy means it
-    is too large on average: a basic bootstrap interval (Davison & Hinkley, ch. 5.2), at least 0."""
-    value, n = float(spread(table["value"].to_numpy(), axis=0)), int(table["n"].sum())
-    low, high = 2 * value - np.nanquantile(spread(resamples, axis=1), [0.975, 0.025])
+def gap(table: pd.DataFrame, resamples: np.ndarray) -> dict:
+    """Largest minus smallest MAE (years) of `standardised`. Of noisy means it is too large on
+    average: a basic bootstrap interval (Davison & Hinkley, ch. 5.2), at least 0."""
+    value, n = float(np.ptp(table["value"])), int(table["n"].sum())
+    low, high = 2 * value - np.nanquantile(np.ptp(resamples, axis=1), [0.975, 0.025])
     return {"value": value, "low": max(0.0, low), "high": max(0.0, high), "n": n}
 
 
-def _comparable(predictions, key, bands=None, standard=None, fewest=5) -> list[np.ndarray]:
+def _comparable(predictions: pd.DataFrame, key: str, fewest: int) -> list[np.ndarray]:
     """People, band, its share, error and duplicate group of the faces in bands that are kept."""
     people, error = predictions[key].astype(str), predictions["predicted"] - predictions["age"]
-    bands = age_band(predictions["age"]) if bands is None else bands
+    bands = age_band(predictions["age"])
     counts = pd.crosstab(bands, people)[lambda counts: (counts >= fewest).all(axis=1)]
     if counts.empty:
         raise ValueError(f"no age band has {fewest} faces of every {key}: nothing to compare")
-    share = bands.astype(object).map(dict(counts.sum(axis=1) if standard is None else standard))
+    share = bands.astype(object).map(dict(counts.sum(axis=1)))
     people, group = pd.factorize(people, sort=True)[0], pd.factorize(predictions["group"])[0]
     band, share = counts.index.get_indexer(bands), share.fillna(0).to_numpy(float)
     return [x[band >= 0] for x in (people, band, share, error.abs().to_numpy(float), group)]

@@ -31,8 +31,7 @@ def blurred(images: torch.Tensor) -> torch.Tensor:
 def age_maps(model: AgeRegressor, pixels: np.ndarray, rows: np.ndarray, side: int = 20,
              batch_size: int = 32) -> np.ndarray:  # fmt: skip
     """Difference maps in years, float32 [len(rows), s, s], of `pixels[rows]` (uint8 [N, H, W, 3]):
-    the age's gradient times (features - features of the blurred face), summed over the features of
-    the layer whose side s is nearest to `side` places."""
+    sum of gradient x (features - those of the blurred face) at the layer with s nearest `side`."""
     layers, kept, maps = stages(model), [], []
     layer = layers[min(layers, key=lambda places: abs(places - side))]
     handle = layer.register_forward_hook(lambda *given: kept.append(given[2]))

@@ -102,16 +102,14 @@ class FaceMobileNet(nn.Module):
 
 
 def face_start() -> Path:
-    """The .bin of the face start: the file in AGE_FACE_WEIGHTS (or FileNotFoundError), else fetched
-    once, 14 MB (or ConnectionError)."""
+    """The .bin of the face start: AGE_FACE_WEIGHTS (or FileNotFoundError), else fetched, 14 MB."""
     if given := os.environ.get("AGE_FACE_WEIGHTS"):
         if locate(given).is_file():
             return locate(given)
         raise FileNotFoundError(f"AGE_FACE_WEIGHTS names {given}, and there is no such file")
     file = Path(os.environ.get("AGE_DATA") or ROOT / "data") / "downloads" / "faceres-deep.bin"
     for kind, sha256 in FACE_SHA256.items():
-        way_out = ", or set AGE_FACE_WEIGHTS to a copy"
-        fetch(FACE_START + kind, file.with_suffix(kind), sha256, way_out)
+        fetch(FACE_START + kind, file.with_suffix(kind), sha256, ", or set AGE_FACE_WEIGHTS")
     return file
 
 
@@ -123,16 +121,9 @@ class AgeRegressor(nn.Module):
     "regression" one number, and age = age_mean + age_scale * output. `age_mean` and `age_scale`
     (years) put the first outputs near the ages of the training set."""
 
-    def __init__(
-        self,
-        backbone: str | nn.Module,
-        image_size: int,
-        mean: tuple[float, ...] = IMAGENET[0],
-        std: tuple[float, ...] = IMAGENET[1],
-        age_mean: float = 33.0,
-        age_scale: float = 20.0,
-        head: str = "regression",
-    ) -> None:
+    def __init__(self, backbone: str | nn.Module, image_size: int, mean: tuple = IMAGENET[0],
+                 std: tuple = IMAGENET[1], age_mean: float = 33.0, age_scale: float = 20.0,
+                 head: str = "regression") -> None:  # fmt: skip
         super().__init__()
         outputs = {"distribution": OLDEST + 1, "regression": 1}[head]
         self.backbone_name = backbone if isinstance(backbone, str) else type(backbone).__name__
@@ -199,12 +190,8 @@ def distribution(model: AgeRegressor, outputs: torch.Tensor, ages: torch.Tensor)
 LOSSES = {"regression": absolute, "distribution": distribution}
 
 
-def build_model(
-    settings: Settings,
-    age_mean: float = 33.0,
-    age_scale: float = 20.0,
-    examples: torch.Tensor | None = None,
-) -> AgeRegressor:
+def build_model(settings: Settings, age_mean: float = 33.0, age_scale: float = 20.0,
+                examples: torch.Tensor | None = None) -> AgeRegressor:  # fmt: skip
     """New model of these settings. If `pretrained`, it starts from AGE_BACKBONE_WEIGHTS where that
     is a file of `save_weights` for this backbone, or for torchvision's networks a state dict (made
     for ImageNet's mean and std); else from torchvision's, or by
@@ -261,10 +248,8 @@ def save_weights(model: AgeRegressor, path: Path, **facts: object) -> None:
 
 def load_weights(path: Path, net: AgeRegressor | None = None) -> tuple[AgeRegressor, dict]:
     """Model in evaluation mode, on the CPU, and metadata of a file of `save_weights`; `net` takes
-    the weights of a backbone of your own. Raises FileNotFoundError, or ValueError for a pickle,
-    which is never loaded, a damaged file, or one of something else."""
-    if Path(path).suffix in (".pth", ".pt", ".ckpt"):
-        raise ValueError(f"{path} is a pickle, which may run code: not loaded")
+    the weights of a backbone of your own. Raises FileNotFoundError, or ValueError for a damaged
+    file or one of something else: a pickle, say, none of whose code runs."""
     state, facts = _read(Path(path))
     if not facts or facts["version"] != VERSION:
         raise ValueError(f"{path} is no age model of this course in format version {VERSION}")

@@ -10,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 from PIL import Image, ImageOps
+from skimage.transform import estimate_transform
 
 from utils.download import fetch, file_sha256
 from utils.faces import quality
@@ -52,15 +53,13 @@ Crop = namedtuple("Crop", "chips face warnings refused")
 
 
 def read_photo(path: str | Path) -> np.ndarray:
-    """A photograph as uint8 RGB [h, w, 3], turned as its EXIF orientation says.
-    JPEG, PNG, WebP or BMP; 16 bits are scaled to 8, and what is transparent is laid on grey. Raises
-    OSError where the file cannot be opened, and what `decode_photo` raises."""
+    """A JPEG, PNG, WebP or BMP as uint8 RGB [h, w, 3], turned as its EXIF orientation says; 16 bits
+    are scaled to 8, what is transparent is laid on grey. OSError, or as `decode_photo`."""
     return decode_photo(Path(path).read_bytes(), Path(path).name)
 
 
 def decode_photo(data: bytes, name: str) -> np.ndarray:
-    """`read_photo` for the bytes of a file. Raises ValueError, with `name` and the way out, where
-    they are none, damaged, of another kind, or more than MAX_PIXELS."""
+    """`read_photo` for bytes. Raises ValueError, with `name` and way out, if they are no photo."""
     try:
         with warnings.catch_warnings(action="ignore"):  # bombs end below; odd EXIF harms nothing
             image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -88,9 +87,8 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def load_detector() -> cv2.FaceDetectorYN:
-    """YuNet, from the file in AGE_FACE_DETECTOR, else from the data folder, else downloaded once.
-    Raises ValueError where AGE_FACE_DETECTOR names no file or another one (an LFS pointer, a web
-    page), ConnectionError where the download fails."""
+    """YuNet, from the file in AGE_FACE_DETECTOR (ValueError where it is missing or another one),
+    else from the data folder, else downloaded once (ConnectionError)."""
     if given := os.environ.get("AGE_FACE_DETECTOR"):
         path = locate(given)
         if not path.is_file() or file_sha256(path) != DETECTOR_SHA256:
@@ -143,19 +141,15 @@ def _look_again(photo: np.ndarray, face: Face) -> Face:
 
 
 def align(photo: np.ndarray, landmarks: np.ndarray, margin: float = 0.0) -> np.ndarray:
-    """The face as a chip, uint8 RGB [CHIP_SIZE, CHIP_SIZE, 3], with `margin` chip sides around it.
-    A similarity transform (Umeyama, 1991) brings the landmarks nearest to LANDMARKS. What lies
-    outside the photo repeats its edge."""
+    """The face as a chip, uint8 RGB [CHIP_SIZE, CHIP_SIZE, 3], with `margin` chip sides around it,
+    landmarks nearest to LANDMARKS; what lies outside the photo repeats its edge."""
     points = (LANDMARKS + margin) / (1 + 2 * margin) * CHIP_SIZE
     return _warp(photo, similarity(landmarks, points), CHIP_SIZE)
 
 
 def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """The turn, scale and shift [2, 3] that bring points [N, 2] nearest to others."""
-    a, b = source - source.mean(0), target - target.mean(0)
-    cos, sin = (a * b).sum(), (a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]).sum()
-    turn = np.array([[cos, -sin], [sin, cos]]) / (a * a).sum()
-    return np.column_stack([turn, target.mean(0) - turn @ source.mean(0)])
+    """Turn, scale, shift [2, 3] that bring points [N, 2] nearest to others (Umeyama, 1991)."""
+    return estimate_transform("similarity", source, target).params[:2]
 
 
 def _warp(photo: np.ndarray, transform: np.ndarray, size: int) -> np.ndarray:
@@ -202,9 +196,8 @@ def judge(chip: np.ndarray, face: Face | None, shape: tuple[int, ...]) -> tuple[
 
 
 def get_crops(photo: np.ndarray, crop: bool = False) -> list[Crop]:
-    """Every face of a photo (uint8 RGB [h, w, 3]), cut out and judged, from left to right. With
-    `crop` the photo is a face crop already: its central square is the chip, and no detector is
-    needed. Raises what `load_detector` raises."""
+    """Every face of a photo (uint8 RGB [h, w, 3]), cut out and judged, from left to right; with
+    `crop` the photo's central square, and no detector is needed. Raises as `load_detector`."""
     side = min(photo.shape[:2])
     middle = LANDMARKS * side + (np.array(photo.shape[1::-1]) - side) / 2
     faces = [(None, middle)] if crop else [(face, face.landmarks) for face in find_faces(photo)]

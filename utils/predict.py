@@ -21,7 +21,6 @@ from utils.training import predict
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # what is taken from a folder
 COLUMNS = ["file", "face", "x", "y", "width", "height", "age", "low", "high", "warnings", "error"]
 NO_FACE = "no face found: if the photo is a face crop already, give it as one (crop=True, --crop)"
-IS_CROP = "The photo is a face crop already"
 PAGE = dict(  # the demo; uploads are deleted after ten minutes, and when it ends
     title="How old do they look?",
     description="Apparent ages with 90 % intervals, from left to right. No proof of anyone's age.",
@@ -131,8 +130,8 @@ def demo() -> None:
     photo = gr.Image(sources=["upload", "webcam"], type="filepath", image_mode=None, label="Photo")
     faces = gr.Image(label="Faces", format="jpeg", height=400, buttons=["fullscreen"])
     ages = gr.Dataframe(headers=shown, label="Years", wrap=True, column_widths=WIDTHS)
-    inputs, outputs = [photo, gr.Checkbox(label=IS_CROP)], [faces, ages, gr.Plot(label="Maps")]
-    gr.Interface(answer, inputs, outputs, **PAGE).launch(**LOCAL)
+    inputs = [photo, gr.Checkbox(label="The photo is a face crop already")]
+    gr.Interface(answer, inputs, [faces, ages, gr.Plot(label="Maps")], **PAGE).launch(**LOCAL)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -76,10 +76,9 @@ def comparison_settings(settings: Settings) -> Settings:
 
 def banner(settings: Settings) -> str:
     """One sentence that tells whose numbers a reader is about to see."""
-    if settings.faces == "utkface":
-        return "This run uses UTKFace, as the text does."
-    whose = "your own faces" if settings.faces == "own" else "the drawn sample"
-    return f"This run uses {whose}; the text quotes UTKFace's numbers, as the published pages show."
+    whose = {"own": "your own faces", "sample": "the drawn sample"}.get(settings.faces)
+    other = f"{whose}; the text quotes UTKFace's numbers, as the published pages show."
+    return "This run uses " + (other if whose else "UTKFace, as the text does.")
 
 
 def locate(name: str) -> Path:

@@ -209,8 +209,7 @@ def _draw(person: Person) -> np.ndarray:
 
 
 def draw_face(person: Person) -> np.ndarray:
-    """One face, uint8 RGB [128, 128, 3], in its light, with blur and noise of a camera that do not
-    depend on age."""
+    """One face, uint8 RGB [128, 128, 3], in its light; blur and noise do not depend on age."""
     rng = np.random.default_rng([person.seed, person.index, 3])
     angle, slope, blur, noise = rng.uniform((0, 0, 0.15, 2), (2 * np.pi, 0.25, 1, 6))
     cast = person.exposure * np.exp(rng.normal(-0.08, 0.11) + rng.normal(0, 0.025, 3))

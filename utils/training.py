@@ -295,17 +295,10 @@ def trained_model(faces: Faces, settings: Settings, progress: bool = True) -> Ag
     return model
 
 
-def predict(
-    model: AgeRegressor,
-    pixels: np.ndarray,
-    rows: np.ndarray,
-    batch_size: int = 64,
-    *,
-    flip: bool = False,
-    progress: bool = False,
-    corrupt: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    read: Callable[[torch.Tensor], torch.Tensor] | None = None,
-) -> np.ndarray:
+def predict(model: AgeRegressor, pixels: np.ndarray, rows: np.ndarray, batch_size: int = 64, *,
+            flip: bool = False, progress: bool = False,
+            corrupt: Callable[[torch.Tensor], torch.Tensor] | None = None,
+            read: Callable[[torch.Tensor], torch.Tensor] | None = None) -> np.ndarray:  # fmt: skip
     """Ages in years, float32 [len(rows)], of `pixels[rows]` (uint8 RGB [N, H, W, 3]).
     `flip` averages each face with its mirror image; `corrupt` changes the uint8 chips [B, 3, H, W],
     as utils.augment.corruption does; `read` turns the model's outputs into something else than
