@@ -22,7 +22,7 @@ from utils.settings import OLDEST, ROOT, Settings, locate, write_atomically
 
 FORMAT, VERSION = "face age regressor", 1
 LABEL_SPREAD = 2.0  # years: standard deviation of the distribution about a label
-CROP = "UTKFace chip: eyes at x 0.29 and 0.69, y 0.29; mouth corners at x 0.32 and 0.65, y 0.68"
+CROP = "UTKFace chip: eyes at x 0.30 and 0.69, y 0.29; mouth corners at x 0.32 and 0.67, y 0.67"
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std of pixels in 0-1
 # HSE_FaceRec_tf (A. V. Savchenko, PeerJ Computer Science 2019; Apache-2.0): MobileNet-v1, learnt on
 # the identities of VGGFace2, then the ages of IMDB-WIKI; TensorFlow.js pair from "human-models".

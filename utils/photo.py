@@ -33,8 +33,8 @@ LANDMARKS = np.array(
     [(0.2989, 0.2886), (0.6914, 0.2886), (0.4950, 0.5289), (0.3221, 0.6742), (0.6674, 0.6748)]
 )
 MIRRORED = [1, 0, 2, 4, 3]  # the same points in the mirror image
-VIEWS = (1.0, 0.95, 1.05)  # chip sides, averaged: two crops of a face differ by most of a year
-# Measured on UTKFace's validation chips in the chapter on your own photo: beyond the first limit
+VIEWS = (1.0, 0.95, 1.05)  # chip sides, averaged: two crops of a face differ by half a year
+# Measured on validation chips with the first network (chapter 10): beyond the first limit
 # lie 1 % of them (size: the error is a tenth larger), beyond the second the error is doubled.
 CHECKS = (  # name, limits (to warn, to refuse), message
     ("size", (32, 12), "small: {:.0f} px wide"),  # px of the photo that become the chip's side
