@@ -61,15 +61,18 @@ def file_sha256(path: str | Path) -> str:
 
 
 def _members(source: Path) -> Iterator[tuple[str, bytes]]:
-    """Name and bytes of each file of a folder, or of a tar or zip; never a link."""
+    """Name and first megabyte of each file of a folder, or of a tar or zip; never a link."""
     if source.is_dir():
-        yield from ((path.name, path.read_bytes()) for path in source.rglob("*.jpg"))
+        yield from ((p.name, p.read_bytes()) for p in source.rglob("*.jpg") if p.is_file())
         return
     zipped = zipfile.is_zipfile(source)
     with zipfile.ZipFile(source) if zipped else tarfile.open(source) as packed:
-        for member in packed.infolist() if zipped else filter(tarfile.TarInfo.isreg, packed):
-            name = Path(member.filename if zipped else member.name).name
-            yield name, (packed.open if zipped else packed.extractfile)(member).read()
+        for member in packed.infolist() if zipped else packed:
+            if not zipped and packed.offset <= member.offset:  # and so on for ever
+                raise ValueError("a file in it has a size below zero")
+            if zipped or member.isreg():
+                name = Path(member.filename if zipped else member.name).name
+                yield name, (packed.open if zipped else packed.extractfile)(member).read(1 << 20)
 
 
 def unpack(source: Path, folder: Path) -> None:

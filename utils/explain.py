@@ -28,14 +28,13 @@ def blurred(images: torch.Tensor) -> torch.Tensor:
     return F.interpolate(small, images.shape[-1], mode="bicubic").clamp(0, 1)
 
 
-def age_maps(model: AgeRegressor, pixels: np.ndarray, rows: np.ndarray, side: int = 20,
-             batch_size: int = 32) -> np.ndarray:  # fmt: skip
+def age_maps(model: AgeRegressor, pixels: np.ndarray, rows: np.ndarray, side=20) -> np.ndarray:
     """Difference maps in years, float32 [len(rows), s, s], of `pixels[rows]` (uint8 [N, H, W, 3]):
     sum of gradient x (features - those of the blurred face) at the layer with s nearest `side`."""
     layers, kept, maps = stages(model), [], []
     layer = layers[min(layers, key=lambda places: abs(places - side))]
     handle = layer.register_forward_hook(lambda *given: kept.append(given[2]))
-    for part in np.split(np.asarray(rows), range(batch_size, len(rows), batch_size)):
+    for part in np.split(np.asarray(rows), range(32, len(rows), 32)):
         chips = torch.from_numpy(np.asarray(pixels[part])).permute(0, 3, 1, 2)
         images = resize(chips.to(model.mean.device), model.image_size).requires_grad_()
         with torch.no_grad():

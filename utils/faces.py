@@ -118,8 +118,8 @@ def read_labels(folder: Path) -> list[dict]:
         options = dict(sep=max(",;\t", key=head.count), dtype=str, keep_default_na=False)
         table = pd.read_csv(folder / LABELS, encoding="utf-8-sig", index_col=False, **options)
         table = table.rename(columns=lambda name: name.strip().lower()).fillna("").map(str.strip)
+        ages = pd.to_numeric(table.set_flags(allows_duplicate_labels=False)["age"], "coerce")
         names = table["file"].str.replace("\\", "/").str.removeprefix("./").str.normalize("NFC")
-        ages = pd.to_numeric(table["age"], "coerce")
     except (KeyError, ValueError) as error:
         text = f"{folder / LABELS} is no CSV in UTF-8 with the columns 'file' and 'age' ({error})"
         raise ValueError(f"{text}: mend it or save it as 'CSV UTF-8', and run again") from error

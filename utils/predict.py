@@ -11,21 +11,20 @@ import cv2
 import numpy as np
 import pandas as pd
 import torch
+from tqdm import tqdm
 
 from utils.evaluation import calibrate, interval
 from utils.model import AgeRegressor, load_weights
-from utils.photo import VIEWS, Crop, get_crops, read_photo
+from utils.photo import VIEWS, Crop, decode_photo, get_crops, read_photo
 from utils.settings import CHECKPOINT, CHIP_SIZE, write_atomically
 from utils.training import predict
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # what is taken from a folder
 COLUMNS = ["file", "face", "x", "y", "width", "height", "age", "low", "high", "warnings", "error"]
 NO_FACE = "no face found: if the photo is a face crop already, give it as one (crop=True, --crop)"
-PAGE = dict(  # the demo; uploads are deleted after ten minutes, and when it ends
-    title="How old do they look?",
-    description="Apparent ages with 90 % intervals, from left to right. No proof of anyone's age.",
-    live=True, flagging_mode="never", delete_cache=(60, 600),
-)  # fmt: skip
+PAGE = dict(title="How old do they look?", live=True, flagging_mode="never",
+            description="Apparent ages, 90 % intervals, left to right. No proof of anyone's age.",
+            delete_cache=(60, 600))  # of uploads: after ten minutes, and at the end  # fmt: skip
 WIDTHS = ["14%", "14%", "14%", "14%", "44%"]  # of the columns
 LOCAL = dict(server_name="127.0.0.1", share=False, run_history=False, footer_links=[],
              inbrowser=True, show_error=True)  # fmt: skip
@@ -68,14 +67,15 @@ class AgePredictor:
     def files(self, paths: Iterable[Path], crop: bool = False) -> Iterator[pd.DataFrame]:
         """COLUMNS for each file, `error` where it has no answer. Raises as `load_detector`."""
         for path in paths:
+            name = str(path).encode("utf-8", "replace").decode()  # an old zip's may be no UTF-8
             try:
-                photo, reason = read_photo(path), NO_FACE
+                photo, reason = decode_photo(path.read_bytes(), Path(name).name), NO_FACE
             except (OSError, ValueError) as error:
                 photo, reason = None, getattr(error, "strerror", None) or str(error)
             table = [] if photo is None else self.photo(photo, crop)
             if len(table) == 0:
                 table = pd.DataFrame([{"warnings": "", "error": reason}], columns=COLUMNS)
-            yield table.assign(file=str(path))
+            yield table.assign(file=name)
 
 
 class _Graph(torch.nn.Module):  # uint8 chips [N, 3, CHIP_SIZE, CHIP_SIZE] to age and spread [N]
@@ -135,7 +135,7 @@ def demo() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write a row for each face; returns the exit code, 1 where a file has no answer."""
+    """Write a row for each face; returns 1 where a file has no answer, 130 after Ctrl-C, else 0."""
     parser = argparse.ArgumentParser("python -m utils.predict", description="Ages for photos.")
     parser.add_argument("photos", nargs="*", type=Path, metavar="PHOTO_OR_FOLDER")
     parser.add_argument("--crop", action="store_true", help="the photos are face crops already")
@@ -147,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not (options.photos or options.export or options.demo):
         parser.error("name photos or folders, --export FILE.onnx, or --demo")
-    texts, files, failed = [], [], False
+    texts, files, code, done = [], [], 0, 0
     write = texts.append if options.output else sys.stdout.write
     try:
         if options.demo:
@@ -161,24 +161,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
             files += [p for p in below if p.is_file()] if path.is_dir() else [path]
         if options.photos and not files:
             raise ValueError(f"no picture in {', '.join(map(str, options.photos))}")
-        for place, table in enumerate(predictor.files(files, options.crop)):
-            if error := table["error"][0]:
-                print(f"{table['file'][0]}: {error}", file=sys.stderr)
-                failed = True
-            if options.format == "csv":
-                write(table.round(1).to_csv(index=False, header=place == 0, lineterminator="\n"))
-            else:
-                text = table.round(1).to_json(orient="records", indent=1, force_ascii=False)
-                write(("," if place else "[") + text[1:-2])
-        write("\n]\n" if files and options.format == "json" else "")
-        if files and options.output:
+        bar = tqdm(files, disable=not files or not options.output and sys.stdout.isatty() or None)
+        try:
+            for done, table in enumerate(predictor.files(bar, options.crop), 1):
+                if error := table["error"][0]:
+                    tqdm.write(f"{table['file'][0]}: {error}", sys.stderr)
+                    code = 1
+                if options.format == "csv":
+                    write(table.round(1).to_csv(index=False, header=done == 1, lineterminator="\n"))
+                else:
+                    text = table.round(1).to_json(orient="records", indent=1, force_ascii=False)
+                    write(("," if done > 1 else "[") + text[1:-2])
+        except KeyboardInterrupt:
+            tqdm.write(f"Stopped: {done:,} of {len(files):,} photos are done", sys.stderr)
+            code = 130
+        write("\n]\n" if done and options.format == "json" else "")
+        if done and options.output:
             write_atomically(options.output, lambda file: file.write_text("".join(texts), "utf-8"))
     except ImportError as error:
         sys.exit(f"Error: {error}: make demo installs it")
     except (OSError, ValueError) as error:
         sys.exit(f"Error: {error}")
-    return int(failed)
+    return code
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # where the screen has fewer letters
     sys.exit(main())

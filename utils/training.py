@@ -325,10 +325,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--name", default="cnn_regression", help="of the run's folder")
     parser.add_argument("--fold", type=int, choices=range(FOLDS), help="the fold to hold out")
-    parser.add_argument("--no-bar", action="store_true", help="a line an epoch instead of a bar")
     given, settings = parser.parse_args(), get_settings()
-    run, faces = settings.runs / given.name, load_faces(settings)
-    train(faces, settings, run, fold=given.fold, progress=not given.no_bar)
+    train(load_faces(settings), settings, settings.runs / given.name, fold=given.fold)
 
 
 if __name__ == "__main__":
