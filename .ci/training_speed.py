@@ -1,6 +1,6 @@
 """Training speed against the usual notebook loop, prediction time, and the cost of augmentation.
 
-    python tests/benchmarks/training_speed.py [--rounds 3] [--backbone resnet50]
+    python .ci/training_speed.py [--rounds 3] [--backbone resnet50]
 
 The usual loop: Pillow for each image (Resize 128, flip, rotation 15, ColorJitter, ToTensor,
 Normalize), a DataLoader with 2 workers, float32, NCHW, batch 128, SGD. Ours: `utils.training`
@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 import psutil
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import evaluation
 from utils.settings import get_settings

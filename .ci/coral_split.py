@@ -1,6 +1,6 @@
 """The model's recipe on the split that papers report since CORAL (Cao et al., 2020).
 
-    python tests/benchmarks/coral_split.py utk_train.csv utk_test.csv
+    python .ci/coral_split.py utk_train.csv utk_test.csv
 
 The two files (columns file and age, the age minus 21) hold ages 21 to 60 only. Trains on rows of
 the first file, a tenth of them kept for validation, and tests once on the second, whose near
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import evaluation
 from utils.faces import load_faces
