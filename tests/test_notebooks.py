@@ -22,7 +22,7 @@ PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MAX_BYTES = 3_000_000
 ABSOLUTE = re.compile(r"(?<![\w.~/:-])/(?:home|root|tmp|Users|work|content)\b|\b[A-Z]:\\")
 NUMBER = re.compile(r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?(?!\w)")
-BOLD_NUMBER = re.compile(r"\*\*([+\-−±~]?\d[^*]*)\*\*")
+BOLD_NUMBER = re.compile(r"\*\*(?!\d\. \D)([+\-−±~]?\d[^*]*)\*\*")  # "**1. Title.**" is none
 # Who may be seen, by the source or the tag of the cell that draws, or by the name of the figure.
 SHOWN = {"astronaut", "drawn-faces", "averages"}
 FIGURES = ("astronaut_", "drawn_", "average_")
