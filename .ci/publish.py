@@ -72,6 +72,11 @@ def with_setup(text: str, name: str) -> str:
     return json.dumps(notebook, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
+def in_percent(figure: dict) -> dict:
+    """A share with its interval as per cent; n stays."""
+    return {key: value * 100 ** (key != "n") for key, value in figure.items()}
+
+
 def with_results(text: str, results: dict) -> str:
     """A page with every `<!--=key/key-->...<!--/-->` filled from `results`: a figure with interval
     and n (in per cent where the keys end in %), or a fact. Raises KeyError where there is none."""
@@ -81,7 +86,7 @@ def with_results(text: str, results: dict) -> str:
         for key in match[2].split("/"):
             found = found[key]
         if percent:
-            found = {key: value * 100 ** (key != "n") for key, value in found.items()}
+            found = in_percent(found)
         return f"{match[1]}{show(found, 2 - percent) if isinstance(found, dict) else found}<!--/-->"
 
     return re.sub(r"(<!--=(.+?)(%?)-->).*?<!--/-->", fill, text)
@@ -90,13 +95,13 @@ def with_results(text: str, results: dict) -> str:
 def hub_head(results: dict) -> str:
     """The YAML head by which model hubs read a model card: licence, data, measured values."""
     names = {
-        "mae": ("test_mae", 1, "MAE (years)"), "bias": ("test_bias", 1, "bias (years)"),
-        "cs5": ("test_cs5", 100, "answers within 5 years (%)"),
-        "coverage": ("interval_coverage_90", 100, "labels inside the 90 % interval (%)"),
+        "mae": ("test_mae", "MAE (years)"), "bias": ("test_bias", "bias (years)"),
+        "cs5": ("test_cs5", "answers within 5 years (%)"),
+        "coverage": ("interval_coverage_90", "labels inside the 90 % interval (%)"),
     }  # fmt: skip
     values = []
-    for kind, (key, factor, name) in names.items():
-        figure = {k: v * (1 if k == "n" else factor) for k, v in results[key].items()}
+    for kind, (key, name) in names.items():
+        figure = in_percent(results[key]) if name.endswith("(%)") else results[key]
         values.append(HUB_VALUE.format(kind=kind, value=round(figure["value"], 2), name=name,
                                        text=show(figure)))  # fmt: skip
     return HUB_HEAD + "".join(values) + "---\n\n"

@@ -21,7 +21,7 @@ STAND_INS = {  # for Colab's own packages; pip notes what it is asked for, or fa
     "sitecustomize.py": """import importlib.metadata as m
 there = m.distributions
 m.distributions = lambda **options: (
-    d for d in there(**options) if d.name not in ("grad-cam", "fairlearn"))
+    d for d in there(**options) if d.name not in ("grad-cam", "fairlearn", "torch"))
 """,
     "pip/__init__.py": "",
     "pip/__main__.py": """import os, sys
