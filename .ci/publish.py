@@ -87,7 +87,7 @@ def with_results(text: str, results: dict) -> str:
             found = found[key]
         if percent:
             found = in_percent(found)
-        found = f"{found:,.0f}" if isinstance(found, float) else found
+        found = f"{found:.2f}" if isinstance(found, float) else found
         return f"{match[1]}{show(found, 2 - percent) if isinstance(found, dict) else found}<!--/-->"
 
     return re.sub(r"(<!--=(.+?)(%?)-->).*?<!--/-->", fill, text)
