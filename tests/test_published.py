@@ -5,6 +5,7 @@ import os
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from utils import evaluation as ev
@@ -47,3 +48,13 @@ def test_predictions_are_those_of_the_weights(monkeypatch):
     assert np.abs(ages - published.to_numpy()).max() < 0.02, "rounded to 0.01 years"
     noise = ev.label_noise(ev.label_pairs(table))
     assert RESULTS["label_noise_mae"] == pytest.approx(noise, abs=1e-4)
+
+
+def test_suspects_are_published_faces_with_a_verdict():
+    listed = pd.read_csv(ROOT / "data" / "utkface_suspects.csv")
+    raw = ev.published("uncalibrated").set_index("file").loc[listed["file"]].reset_index()
+    assert len(listed) == listed["file"].nunique() == 200
+    verdicts = "not a face, label plainly wrong, cannot say, plausible"
+    assert set(listed["verdict"]) == set(verdicts.split(", "))
+    same = ["age", "predicted", "spread"]
+    pd.testing.assert_frame_equal(listed[same], raw[same], check_dtype=False)
