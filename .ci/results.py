@@ -96,7 +96,8 @@ def results() -> dict:
         "interval_coverage_90": ev.mean_interval(inside, test["group"]),
         "corruption": corruptions(test, LEVELS),
         "digests": {"split": facts["split_digest"], "checkpoint": file_sha256(CHECKPOINT)},
-        "training": {name: facts[name] for name in names} | {"minutes": round(facts["seconds"] / 60)},
+        "training": {name: facts[name] for name in names}
+        | {"minutes": round(facts["seconds"] / 60)},
         "versions": facts["libraries"],
     }
     gap, by_ethnicity = at_equal_age(faces)
