@@ -5,8 +5,7 @@ python .ci/experiments.py --list     says what is there
 python .ci/experiments.py NAME ...   only these
 
 Each adds its ages to figures/predictions.csv.gz. Chapter 9 brings its own networks, and trains them
-when it is published. Columns named "pending ..." are finished trainings that no chapter reads yet:
-folds that wait for the others, since the chapters are run anew when all are there.
+when it is published.
 """
 
 import argparse
@@ -139,14 +138,11 @@ def is_corrupted(name: str) -> bool:
 
 
 def is_published(column: str, files: pd.Series) -> bool:
-    """Whether predictions.csv.gz holds the ages of these files, in a column or its pending one."""
-    for name in (column, f"pending {column}"):
-        try:
-            if files.isin(evaluation.published(name)["file"]).all():
-                return True
-        except (FileNotFoundError, KeyError, ValueError):
-            continue
-    return False
+    """Whether predictions.csv.gz holds the ages of these files by a run."""
+    try:
+        return files.isin(evaluation.published(column)["file"]).all()
+    except (FileNotFoundError, KeyError, ValueError):
+        return False
 
 
 def main() -> None:
