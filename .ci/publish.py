@@ -22,7 +22,7 @@ SETUP = Path(__file__).with_name("setup_cell.txt").read_text("utf-8").rstrip()
 SETUP = re.sub(PLACES, ADDRESS, SETUP)
 FOLDED = {"cellView": "form", "jupyter": {"source_hidden": True}, "tags": ["setup", "hide-input"]}
 HINT = """*No Colab badges yet: write your repository's address into CITATION.cff and run \
-`python .ci/publish.py`, which puts badges and address in every place.*"""
+`.venv/bin/python .ci/publish.py`, which puts badges and address in every place.*"""
 
 HUB_HEAD = """---
 license: other

@@ -74,7 +74,7 @@ def test_grey_palette_cmyk_sixteen_bits_and_what_is_transparent(face):
 
 JPEG, PNG = (encode(Image.effect_noise((64, 64), 50), kind) for kind in ("JPEG", "PNG"))
 WEBP = encode(Image.effect_noise((64, 64), 50).convert("RGB"), "WEBP")
-NOT_A_PICTURE = "is no JPEG, PNG or WebP: export HEIC or PDF as one (LFS pointer: git lfs pull)"
+NOT_A_PICTURE = "is no JPEG, PNG, WebP or BMP: convert HEIC and PDF (LFS pointer: git lfs pull)"
 FAULTS = {
     "empty": (b"", NOT_A_PICTURE),
     "text": (b"not a picture", NOT_A_PICTURE),

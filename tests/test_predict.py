@@ -117,7 +117,7 @@ def test_a_folder_becomes_a_table_and_bad_files_are_listed(folder, checkpoint, c
     assert names.tolist() == ["cut.png", *["a.png"] * 2, *["b.png"] * 2, "night.png", "text.jpg"]
     assert table[table["error"].isna()][["age", "low", "high"]].notna().all(axis=None)
     reasons = table.set_index(names)["error"].dropna()
-    assert reasons["text.jpg"].startswith("text.jpg is no JPEG, PNG or WebP: ")
+    assert reasons["text.jpg"].startswith("text.jpg is no JPEG, PNG, WebP or BMP: ")
     assert reasons["cut.png"].startswith("cut.png is damaged or cut off")
     assert reasons["night.png"] == predict.NO_FACE
     assert len(reasons) == 3 and all(f"{name}: " in told for name in reasons.index)

@@ -29,9 +29,8 @@ MIN_SCORE = 0.7  # of 1; YuNet gives 0.90 or more to 99 % of UTKFace's validatio
 LOOK = 400  # px: side of the second look at a face, where the chip would be LOOK / 2 wide
 FACE_HEIGHT = 1.1  # median height of YuNet's box over the chip's side, with padding
 # Eyes, nose, mouth corners (the person's right first): x, y in chip sides, UTKFace's medians
-LANDMARKS = np.array(
-    [(0.2989, 0.2886), (0.6914, 0.2886), (0.4950, 0.5289), (0.3221, 0.6742), (0.6674, 0.6748)]
-)
+LANDMARKS = np.array([(0.2989, 0.2886), (0.6914, 0.2886), (0.4950, 0.5289), (0.3221, 0.6742),
+                      (0.6674, 0.6748)])  # fmt: skip
 MIRRORED = [1, 0, 2, 4, 3]  # the same points in the mirror image
 VIEWS = (1.0, 0.95, 1.05)  # chip sides, averaged: two crops of a face differ by half a year
 # Measured on validation chips with the first network (chapter 10): beyond the first limit
@@ -68,7 +67,7 @@ def decode_photo(data: bytes, name: str) -> np.ndarray:
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
     except Image.UnidentifiedImageError:  # or empty, or a web page
-        reason = "is no JPEG, PNG or WebP: export HEIC or PDF as one (LFS pointer: git lfs pull)"
+        reason = "is no JPEG, PNG, WebP or BMP: convert HEIC and PDF (LFS pointer: git lfs pull)"
     except Image.DecompressionBombError:
         reason = "unpacks to more than 100 megapixels: not opened. Scale it down first"
     except Exception as error:  # decoders raise many kinds; all mean that the file is damaged

@@ -74,7 +74,7 @@ def show_maps(pixels: np.ndarray, maps: np.ndarray, titles: list[str], settings:
         alpha = 0.85 * np.clip(np.abs(large) / most, 0, 1)
         axis.imshow(np.sign(large), cmap=MAP_COLOURS, vmin=-1, vmax=1, alpha=alpha)
     scale = plt.cm.ScalarMappable(plt.Normalize(-most, most), MAP_COLOURS)
-    figure.colorbar(scale, ax=axes, fraction=0.03, pad=0.02).set_label("years per place")
+    figure.colorbar(scale, ax=axes, fraction=0.03, pad=0.02).set_label("years per place", size=9)
     return figure
 
 

@@ -171,7 +171,8 @@ def train(
             _say(f"{run.name}: epoch {epoch + 1}/{settings.epochs}: {errors}, {seconds:.0f} s")
 
         if rank == 0:
-            table, cpu = pd.DataFrame(log), f"CPU, {torch.get_num_threads()} threads"
+            table, count = pd.DataFrame(log), torch.get_num_threads()
+            cpu = f"CPU, {count} thread{'s' * (count > 1)}"
             save_weights(
                 average.module, final,
                 split_digest=split_digest(faces.table), training=configuration, epochs=len(log),
