@@ -14,6 +14,7 @@ from collections import namedtuple
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from shutil import copyfile
 
 import numpy as np
 import pandas as pd
@@ -206,6 +207,7 @@ def run(name: str, fold: int, faces: Faces, settings: Settings, arguments: dict)
         valid = part.assign(predicted=ages, spread=spreads).query("split == 'valid'")
         facts = load_weights(run_folder(name, fold) / "model.safetensors")[1]
         save_weights(model, CHECKPOINT, **facts | {"intervals": evaluation.conformal(valid)})
+        copyfile(run_folder(name, fold) / "history.csv", ROOT / "figures" / "training_history.csv")
     column = "uncalibrated" if name == "crossfit" else name
     evaluation.publish(ROOT / "figures", part, **{column: ages, f"{column} spread": spreads})
     mae = np.abs(ages - part["age"]).mean()

@@ -171,8 +171,7 @@ def train(
             _say(f"{run.name}: epoch {epoch + 1}/{settings.epochs}: {errors}, {seconds:.0f} s")
 
         if rank == 0:
-            table, count = pd.DataFrame(log), torch.get_num_threads()
-            cpu = f"CPU, {count} thread{'s' * (count > 1)}"
+            table, cpu = pd.DataFrame(log), f"CPU, {torch.get_num_threads()} thread(s)"
             save_weights(
                 average.module, final,
                 split_digest=split_digest(faces.table), training=configuration, epochs=len(log),
@@ -218,7 +217,8 @@ def _average(steps: int) -> Callable:
 def _precision(model: AgeRegressor, device: torch.device) -> torch.dtype:
     if device.type == "cuda":  # which has bfloat16 since compute capability 8
         return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
-    can, groups = torch.cpu.get_capabilities(), (getattr(m, "groups", 1) for m in model.modules())
+    can = getattr(torch.cpu, "get_capabilities", dict)()  # which PyTorch 2.9 has not yet
+    groups = (getattr(m, "groups", 1) for m in model.modules())
     # Depthwise convolutions wait for memory: on a CPU bfloat16 slows most such networks down.
     gains = model.backbone_name == "face_mobilenet" or max(groups) == 1
     fast = can.get("avx512_bf16") or can.get("amx_bf16")
