@@ -108,6 +108,7 @@ EXPERIMENTS = {
     "without light": Experiment(3, 6, [MAIN], views(GEOMETRY, QUALITY), {}),
     "without blur": Experiment(3, 6, [MAIN], views(STANDARD, dict(blur=0, resolution=0)), {}),
     "without grain": Experiment(3, 6, [MAIN], views(STANDARD, dict(jpeg=0, noise=0)), {}),
+    "six epochs": Experiment(4, 12, [MAIN], None, {"epochs": 6}),
     "start face": Experiment(4, 8, [MAIN], None, {"frozen": 0}),
     "start random": Experiment(4, 8, [MAIN], None, {"pretrained": False}),
     "start imagenet": Experiment(4, 12, [MAIN], None, MOBILENET_V2),
@@ -207,6 +208,7 @@ def run(name: str, fold: int, faces: Faces, settings: Settings, arguments: dict)
         valid = part.assign(predicted=ages, spread=spreads).query("split == 'valid'")
         facts = load_weights(run_folder(name, fold) / "model.safetensors")[1]
         save_weights(model, CHECKPOINT, **facts | {"intervals": evaluation.conformal(valid)})
+    if name == "six epochs":  # the curves of chapter 4
         copyfile(run_folder(name, fold) / "history.csv", ROOT / "figures" / "training_history.csv")
     column = "uncalibrated" if name == "crossfit" else name
     evaluation.publish(ROOT / "figures", part, **{column: ages, f"{column} spread": spreads})
