@@ -131,7 +131,7 @@ def read_labels(folder: Path) -> list[dict]:
     table["age"] = ages.mask(table.duplicated("file"))
     table["person"] = table.get("person", table.get("group", ""))
     table = table.reindex(columns=["file", "age", "gender", "ethnicity", "person"], fill_value="")
-    table = table.merge(images, how="outer").replace("", np.nan)  # sorted by file
+    table = table.merge(images, how="outer").pipe(lambda t: t.where(t != ""))  # sorted by file
     unknown = {"file": LABELS, "gender": "unknown", "ethnicity": "unknown", "person": ""}
     return table.fillna(unknown).to_dict("records")
 
