@@ -46,8 +46,7 @@ CHECKS = (  # name, limits (to warn, to refuse), message
 LIMITS = {name: dict(zip(("warn", "refuse"), ends, strict=False)) for name, ends, _ in CHECKS}
 # In px of the photo: box [4] (x, y, width, height), landmarks [5, 2] as LANDMARKS; score of 0 to 1.
 Face = namedtuple("Face", "box landmarks score")
-# chips: uint8 RGB [len(VIEWS), CHIP_SIZE, CHIP_SIZE, 3], the chip first; face: None where the photo
-# was given as a crop; warnings: texts; refused: too bad for an answer.
+# chips: uint8 RGB [len(VIEWS), CHIP_SIZE, CHIP_SIZE, 3], the chip first; face: None for a crop.
 Crop = namedtuple("Crop", "chips face warnings refused")
 
 

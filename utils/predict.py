@@ -163,15 +163,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"no picture in {', '.join(map(str, options.photos))}")
         bar = tqdm(files, disable=not files or not options.output and sys.stdout.isatty() or None)
         try:
-            for done, table in enumerate(predictor.files(bar, options.crop), 1):
+            for table in predictor.files(bar, options.crop):
                 if error := table["error"][0]:
                     tqdm.write(f"{table['file'][0]}: {error}", sys.stderr)
                     code = 1
                 if options.format == "csv":
-                    write(table.round(1).to_csv(index=False, header=done == 1, lineterminator="\n"))
+                    write(table.round(1).to_csv(index=False, header=not done, lineterminator="\n"))
                 else:
                     text = table.round(1).to_json(orient="records", indent=1, force_ascii=False)
-                    write(("," if done > 1 else "[") + text[1:-2])
+                    write(("," if done else "[") + text[1:-2])
+                done += 1
         except KeyboardInterrupt:
             tqdm.write(f"Stopped: {done:,} of {len(files):,} photos are done", sys.stderr)
             code = 130
