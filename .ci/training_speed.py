@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -65,13 +66,13 @@ def usual_loader(settings, faces, rows: np.ndarray, *last):
     return torch.utils.data.DataLoader(FaceFiles(), settings.batch_size, True, num_workers=2)
 
 
-def usual_epoch(model, loader, optimizer, started=lambda step: None) -> None:
-    """Once over the images: the loop of most notebooks."""
+def usual_steps(model, loader, optimizer) -> Iterator[int]:
+    """Once over the images: the loop of most notebooks. Yields each step's number before it."""
     import torch
 
     device = next(model.parameters()).device
     for step, (images, ages) in enumerate(loader):
-        started(step)
+        yield step
         loss = torch.nn.functional.l1_loss(model(images.to(device)).flatten(), ages.to(device))
         optimizer.zero_grad()
         loss.backward()
@@ -89,9 +90,11 @@ def usual(settings, faces, steps: int) -> float:
     model = models.get_model(settings.backbone, weights=None)
     model.fc = torch.nn.Linear(model.fc.in_features, 1)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").train()
-    optimizer, start = torch.optim.SGD(model.parameters(), 0.001, momentum=0.9), {}
-    usual_epoch(model, loader, optimizer, lambda step: start.update({step: time.perf_counter()}))
-    return steps * BATCH / (time.perf_counter() - start[WARM_UP])
+    optimizer = torch.optim.SGD(model.parameters(), 0.001, momentum=0.9)
+    for step in usual_steps(model, loader, optimizer):
+        if step == WARM_UP:
+            start = time.perf_counter()
+    return steps * BATCH / (time.perf_counter() - start)
 
 
 def ours(settings, faces, steps: int) -> float:
@@ -120,6 +123,7 @@ def usual_to_goal(settings, faces, steps: int) -> float | None:
     from utils.augment import resize
     from utils.model import build_model
 
+    settings = replace(settings, pretrained=True)
     known = np.flatnonzero(faces.table["split"] == "train")
     some = np.random.default_rng(settings.seed).choice(known, 512)
     chips = torch.from_numpy(faces.pixels[some]).permute(0, 3, 1, 2)
@@ -130,7 +134,8 @@ def usual_to_goal(settings, faces, steps: int) -> float | None:
     optimizer, minutes = torch.optim.Adam(model.parameters(), 1e-4), 0.0
     while minutes < LIMIT:
         start = time.perf_counter()
-        usual_epoch(model.train(), loader, optimizer)
+        for _ in usual_steps(model.train(), loader, optimizer):
+            pass
         minutes += (time.perf_counter() - start) / 60
         print(f"usual: {minutes:.1f} minutes, test MAE {(mae := test_mae(model, faces)):.2f}")
         if mae <= GOAL:
@@ -146,7 +151,8 @@ def ours_to_goal(settings, faces, steps: int) -> float | None:
     for epochs in range(1, LIMIT):
         with tempfile.TemporaryDirectory() as folder:
             run = Path(folder) / "run"
-            model = train(faces, replace(settings, epochs=epochs), run, progress=False)
+            whole = replace(settings, pretrained=True, epochs=epochs)
+            model = train(faces, whole, run, progress=False)
             log = pd.read_csv(run / "history.csv")
         known = (faces.table["split"] == "train").sum()
         minutes = float((known / log["images_per_second"]).sum() / 60)
@@ -192,7 +198,7 @@ def measure(part: str, settings, steps: int) -> dict:
     """One part in a process of its own: its figure and the peak memory of all its processes."""
     command = [sys.executable, __file__, "--part", part, "--steps", str(steps)]
     command += ["--backbone", settings.backbone, "--size", str(settings.image_size)]
-    command += ["--batch", str(settings.batch_size), *["--pretrained"] * settings.pretrained]
+    command += ["--batch", str(settings.batch_size)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     tree, peak = psutil.Process(process.pid), 0
     while process.poll() is None:
@@ -203,7 +209,8 @@ def measure(part: str, settings, steps: int) -> dict:
             continue  # a process ended while it was looked at
         time.sleep(2)  # looking is not free
     lines = process.stdout.read().splitlines()
-    print(*lines[:-1], sep="\n")
+    for line in lines[:-1]:
+        print(line)
     if process.returncode:
         raise SystemExit(f"{part} failed with status {process.returncode}")
     return {"figure": json.loads(lines[-1]), "megabytes": peak / 2**20}
@@ -213,8 +220,8 @@ def publish(settings, **figures) -> None:
     """Add them to `benchmark` in results.json, where results are published."""
     path = settings.figures / "results.json"
     if settings.publish:
-        there = json.loads(path.read_text()).get("benchmark", {})
-        evaluation.record(settings.figures, benchmark=there | figures)
+        there = json.loads(path.read_text()) if path.is_file() else {}
+        evaluation.record(settings.figures, benchmark=there.get("benchmark", {}) | figures)
 
 
 def main() -> None:
@@ -226,9 +233,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--to-goal", action="store_true", help="the minutes to the goal, only")
     parser.add_argument("--part", help=argparse.SUPPRESS)
-    parser.add_argument("--pretrained", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    own = replace(get_settings("utkface"), pretrained=given.pretrained)
+    given, own = parser.parse_args(), replace(get_settings("utkface"), pretrained=False)
     rival = replace(
         own, backbone=given.backbone, image_size=given.size, batch_size=given.batch
     )  # fmt: skip
@@ -239,8 +244,8 @@ def main() -> None:
         return
 
     if given.to_goal:
-        start = replace(own, pretrained=True, image_size=SIZE)
-        minutes = {part: measure(f"{part}_to_goal", start, 0)["figure"]
+        small = replace(own, image_size=SIZE)
+        minutes = {part: measure(f"{part}_to_goal", small, 0)["figure"]
                    for part in ("ours", "usual")}  # fmt: skip
         print(json.dumps(minutes))
         publish(own, minutes_to_5_04=minutes)

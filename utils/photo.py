@@ -46,7 +46,7 @@ CHECKS = (  # name, limits (to warn, to refuse), message
 LIMITS = {name: dict(zip(("warn", "refuse"), ends, strict=False)) for name, ends, _ in CHECKS}
 # In px of the photo: box [4] (x, y, width, height), landmarks [5, 2] as LANDMARKS; score of 0 to 1.
 Face = namedtuple("Face", "box landmarks score")
-# chips: uint8 RGB [len(VIEWS), CHIP_SIZE, CHIP_SIZE, 3], the chip first; face: None for a crop.
+# chips: uint8 RGB [len(VIEWS), side, side, 3], the chip first; face: None if a crop was given.
 Crop = namedtuple("Crop", "chips face warnings refused")
 
 
