@@ -185,6 +185,21 @@ def predict_ms(settings, faces, steps: int) -> float:
     return _median_ms(lambda row: predict(model, faces.pixels, [row], flip=True), 60)
 
 
+def onnx_ms(settings, faces, steps: int) -> float:
+    """The same by ONNX Runtime, with the published network's export."""
+    import onnxruntime
+
+    from utils.predict import AgePredictor, export_onnx
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    with tempfile.TemporaryDirectory() as folder:
+        export_onnx(AgePredictor(), path := Path(folder) / "age.onnx")
+        session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
+    chips = faces.pixels[:60].transpose(0, 3, 1, 2)
+    return _median_ms(lambda row: session.run(None, {"chips": chips[[row]]}), 60)
+
+
 def _median_ms(act, times: int) -> float:
     found = []
     for number in range(times):
@@ -214,6 +229,15 @@ def measure(part: str, settings, steps: int) -> dict:
     if process.returncode:
         raise SystemExit(f"{part} failed with status {process.returncode}")
     return {"figure": json.loads(lines[-1]), "megabytes": peak / 2**20}
+
+
+def _processor() -> str:
+    """What decides the speed of arithmetic: its widest vectors, and bfloat16 where it has it."""
+    import torch
+
+    can = torch.cpu.get_capabilities()
+    bfloat16 = " with bfloat16" if can.get("avx512_bf16") or can.get("amx_bf16") else ""
+    return torch.backends.cpu.get_cpu_capability() + bfloat16
 
 
 def publish(settings, **figures) -> None:
@@ -268,7 +292,11 @@ def main() -> None:
         "cpu_images_per_second": speed,
         "peak_memory_mb": memory,
         "augmentation_share": measure("augment_ms", own, 1)["figure"] / step_ms,
-        "predict_ms_per_face": measure("predict_ms", own, 1)["figure"],
+        "predict_ms_per_face": {
+            part: measure(f"{name}_ms", own, 1)["figure"]
+            for part, name in (("pytorch", "predict"), ("onnx", "onnx"))
+        },
+        "processor": _processor(),
     }
     print(json.dumps(result, indent=1))
     publish(own, **result)

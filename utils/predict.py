@@ -88,8 +88,8 @@ class _Graph(torch.nn.Module):  # uint8 chips [N, 3, CHIP_SIZE, CHIP_SIZE] to ag
 
     def forward(self, chips: torch.Tensor) -> tuple[torch.Tensor, ...]:
         images = (self.matrix @ (chips.float() / 255) @ self.matrix.T).clamp(0, 1)
-        outputs = [self.model.outputs(view) for view in (images, images.flip(3))]
-        age, spread = (sum(self.model.ages_and_spreads(view) for view in outputs) / 2).unbind(1)
+        outputs = self.model.outputs(torch.cat([images, images.flip(3)]))
+        age, spread = self.model.ages_and_spreads(outputs).unflatten(0, (2, -1)).mean(0).unbind(1)
         bands = (age.unsqueeze(1) >= self.edges).sum(1)
         return (age + self.years[bands]).clamp(min=0), spread
 
