@@ -15,7 +15,6 @@ import pandas as pd
 import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from sklearn.neighbors import radius_neighbors_graph
 from torchvision.transforms.v2 import functional as F
 
 from utils.download import make_once, unpack
@@ -168,6 +167,8 @@ def difference_hash(grey: np.ndarray) -> str:
 
 def near_duplicates(hashes: np.ndarray, limit: int = HASH_LIMIT) -> tuple[np.ndarray, np.ndarray]:
     """Pairs i < j [P, 2] of hashes (uint8 [N, 32]) at most `limit` bits apart, and the bits [P]."""
+    from sklearn.neighbors import radius_neighbors_graph  # a second, where no hash is compared
+
     bits = np.unpackbits(hashes, axis=1).astype(np.float32)  # sqeuclidean counts unlike ones
     near = radius_neighbors_graph(bits, limit + 0.5, mode="distance", metric="sqeuclidean").tocoo()
     once = near.row < near.col

@@ -194,9 +194,9 @@ def build_model(settings: Settings, age_mean: float = 33.0, age_scale: float = 2
                 examples: torch.Tensor | None = None) -> AgeRegressor:  # fmt: skip
     """New model of these settings. If `pretrained`, it starts from AGE_BACKBONE_WEIGHTS where that
     is a file of `save_weights` for this backbone, or for torchvision's networks a state dict (made
-    for ImageNet's mean and std); else from torchvision's, or by
-    `face_start`, which needs some hundred face crops, `examples` [N, 3, S, S] in 0-1. Raises
-    FileNotFoundError, ValueError for another network's file, ConnectionError offline."""
+    for ImageNet's mean and std); else from torchvision's, or by `face_start`, which needs some
+    hundred face crops, `examples` [N, 3, S, S] in 0-1. Raises FileNotFoundError, ValueError for
+    another network's file, ConnectionError offline."""
     name, file = settings.backbone, os.environ.get("AGE_BACKBONE_WEIGHTS")
     norm, origin, state = FACE_NORM if name == "face_mobilenet" else IMAGENET, "random", None
     stored, facts = _read(locate(file)) if settings.pretrained and file else (None, None)

@@ -314,9 +314,8 @@ def predict(model: AgeRegressor, pixels: np.ndarray, rows: np.ndarray, batch_siz
         for start in tqdm(range(0, max(len(rows), 1), batch_size), "predict", disable=not progress):
             chips = _gather(pixels, rows[start : start + batch_size]).to(device)
             images = resize(corrupt(chips) if corrupt else chips, model.image_size)
-            answer = read(model.outputs(torch.cat([images, images.flip(3)]) if flip else images))
-            if flip:
-                answer = answer.unflatten(0, (2, len(images))).mean(0)
+            views = torch.cat([images, images.flip(3)]) if flip else images
+            answer = read(model.outputs(views)).unflatten(0, (1 + flip, len(images))).mean(0)
             answers.append(answer.cpu().numpy())
     return np.concatenate(answers)
 
