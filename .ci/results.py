@@ -42,6 +42,8 @@ def every_run() -> pd.DataFrame:
 def errors(run: str, files: pd.Series) -> np.ndarray:
     """Absolute errors (years) of these faces by a run."""
     faces = every_run().loc[files]
+    if run not in faces or faces[run].isna().any():
+        raise KeyError(f"{run!r} lacks faces in predictions.csv.gz: see .ci/experiments.py")
     return (faces[run] - faces["age"]).abs().to_numpy()
 
 
