@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from statistics import median
 
@@ -34,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import evaluation
 from utils.faces import load_faces
-from utils.settings import get_settings
+from utils.settings import CHECKPOINT, get_settings
 
 SIZE, BATCH, WARM_UP = 128, 128, 1
 GOAL, LIMIT = 5.04, 60  # years of test MAE; minutes of training
@@ -122,8 +123,9 @@ def test_mae(model, faces) -> float:
     return float(np.abs(ages - test["age"]).mean())
 
 
-def usual_to_goal(settings, faces, steps: int) -> float | None:
-    """Minutes of the usual loop until the test MAE is GOAL, or None after LIMIT."""
+def usual_to_goal(settings, faces, steps: int) -> dict:
+    """Minutes and epochs of the usual loop until the test MAE is GOAL, and that MAE; None for all
+    after LIMIT."""
     import torch
 
     from utils.augment import resize
@@ -138,23 +140,21 @@ def usual_to_goal(settings, faces, steps: int) -> float | None:
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     loader = usual_loader(settings, faces, known)
     optimizer, minutes = torch.optim.Adam(model.parameters(), 1e-4), 0.0
-    while minutes < LIMIT:
+    for epochs in count(1):
         start = time.perf_counter()
         for _ in usual_steps(model.train(), loader, optimizer):
             pass
         minutes += (time.perf_counter() - start) / 60
         print(f"usual: {minutes:.1f} minutes, test MAE {(mae := test_mae(model, faces)):.2f}")
-        if mae <= GOAL:
-            return minutes
-    return None
+        if mae <= GOAL or minutes > LIMIT:
+            return _reached(minutes, epochs, mae)
 
 
-def ours_to_goal(settings, faces, steps: int) -> float | None:
-    """Minutes of the shortest training by utils.training with a test MAE of GOAL, in whole epochs,
-    or None if LIMIT does not suffice."""
+def ours_to_goal(settings, faces, steps: int) -> dict:
+    """The same of the shortest training by utils.training, in whole epochs."""
     from utils.training import train
 
-    for epochs in range(1, LIMIT):
+    for epochs in count(1):
         with tempfile.TemporaryDirectory() as folder:
             run = Path(folder) / "run"
             whole = replace(settings, pretrained=True, epochs=epochs)
@@ -164,8 +164,12 @@ def ours_to_goal(settings, faces, steps: int) -> float | None:
         minutes = float((known / log["images_per_second"]).sum() / 60)
         print(f"ours: {minutes:.1f} minutes, test MAE {(mae := test_mae(model, faces)):.2f}")
         if mae <= GOAL or minutes > LIMIT:
-            return minutes if mae <= GOAL else None
-    return None
+            return _reached(minutes, epochs, mae)
+
+
+def _reached(minutes: float, epochs: int, mae: float) -> dict:
+    found = {"minutes": minutes, "epochs": epochs, "test_mae": mae}
+    return found if mae <= GOAL else dict.fromkeys(found)
 
 
 def augment_ms(settings, faces, steps: int) -> float:
@@ -180,19 +184,19 @@ def augment_ms(settings, faces, steps: int) -> float:
 
 
 def predict_ms(settings, faces, steps: int) -> float:
-    """Milliseconds for one face with its mirror image, on one core."""
+    """Milliseconds of the published network for one crop and its mirror image, on one core."""
     import torch
 
-    from utils.model import AgeRegressor
+    from utils.model import load_weights
     from utils.training import predict
 
     torch.set_num_threads(1)
-    model = AgeRegressor(settings.backbone, settings.image_size, head=settings.head)
+    model, _ = load_weights(CHECKPOINT)
     return _median_ms(lambda row: predict(model, faces.pixels, [row], flip=True), 60)
 
 
 def onnx_ms(settings, faces, steps: int) -> float:
-    """The same by ONNX Runtime, with the published network's export."""
+    """The same by ONNX Runtime, of its export, with the correction by bands of age."""
     import onnxruntime
 
     from utils.predict import AgePredictor, export_onnx
@@ -237,13 +241,14 @@ def measure(part: str, settings, steps: int) -> dict:
     return {"figure": json.loads(lines[-1]), "megabytes": peak / 2**20}
 
 
-def _processor() -> str:
-    """What decides the speed of arithmetic: its widest vectors, and bfloat16 where it has it."""
+def _machine() -> str:
+    """What decides the speed: processor, threads, and bfloat16 instructions where it has them."""
     import torch
 
     can = getattr(torch.cpu, "get_capabilities", dict)()  # which PyTorch 2.9 has not yet
-    bfloat16 = " with bfloat16" if can.get("avx512_bf16") or can.get("amx_bf16") else ""
-    return torch.backends.cpu.get_cpu_capability() + bfloat16
+    bfloat16 = "with" if can.get("avx512_bf16") or can.get("amx_bf16") else "without"
+    name = can.get("cpu_name") or torch.backends.cpu.get_cpu_capability()
+    return f"{name}, {torch.get_num_threads()} threads, {bfloat16} bfloat16 instructions"
 
 
 def publish(settings, **figures) -> None:
@@ -255,6 +260,8 @@ def publish(settings, **figures) -> None:
 
 
 def main() -> None:
+    import torch
+
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
@@ -273,10 +280,12 @@ def main() -> None:
 
     if given.to_goal:
         small = replace(own, image_size=SIZE)
-        minutes = {part: measure(f"{part}_to_goal", small, 0)["figure"]
-                   for part in ("ours", "usual")}  # fmt: skip
-        print(json.dumps(minutes))
-        publish(own, minutes_to_5_04=minutes)
+        found = {part: measure(f"{part}_to_goal", small, 0)["figure"] for part in ("ours", "usual")}
+        names = ("minutes", "epochs", "test_mae")
+        found = {f"{name}_to_5_04": {p: figures[name] for p, figures in found.items()}
+                 for name in names}  # fmt: skip
+        print(json.dumps(found))
+        publish(own, **found)
         return
 
     rounds = []
@@ -295,16 +304,16 @@ def main() -> None:
     memory = {p: max(pair[p]["megabytes"] for pair in rounds) for p in ("usual", "ours")}
     memory["recipe"] = whole["megabytes"]
     result = {
-        "cpu_ratio": ratio,
-        "recipe_images_per_second": speed,
-        "recipe_minutes": minutes,  # of training; validation comes on top
-        "peak_memory_mb": memory,
+        "gpu_ratio" if torch.cuda.is_available() else "cpu_ratio": ratio,
+        "recipe_images_per_second": round(speed),
+        "recipe_minutes": round(minutes),  # by that speed; validation comes on top
+        "peak_memory_gb": {part: round(mb / 1024, 1) for part, mb in memory.items()},
         "augmentation_share": measure("augment_ms", own, 1)["figure"] / step_ms,
         "predict_ms_per_face": {
-            part: measure(f"{name}_ms", own, 1)["figure"]
+            part: round(measure(f"{name}_ms", own, 1)["figure"])
             for part, name in (("pytorch", "predict"), ("onnx", "onnx"))
         },
-        "processor": _processor(),
+        "machine": _machine(),
     }
     print(json.dumps(result, indent=1))
     publish(own, **result)
