@@ -41,8 +41,8 @@ def every_run() -> pd.DataFrame:
 
 def errors(run: str, files: pd.Series) -> np.ndarray:
     """Absolute errors (years) of these faces by a run."""
-    faces = every_run().loc[files]
-    if run not in faces or faces[run].isna().any():
+    faces = every_run().reindex(index=files, columns=[run, "age"])
+    if faces[run].isna().any():
         raise KeyError(f"{run!r} lacks faces in predictions.csv.gz: see .ci/experiments.py")
     return (faces[run] - faces["age"]).abs().to_numpy()
 
@@ -118,7 +118,7 @@ def results() -> dict:
 
 def _median() -> float:
     """Of the labels of the main split's training faces: the best constant answer."""
-    table = pd.read_csv(ROOT / "figures" / "predictions.csv.gz", usecols=["age", "split"])
+    table = every_run()
     return table.loc[table["split"] == "train", "age"].median()
 
 

@@ -30,12 +30,20 @@ from statistics import median
 import numpy as np
 import pandas as pd
 import psutil
+import torch
+from PIL import Image
+from torchvision import models, transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import evaluation
+from utils.augment import STANDARD, augment, resize
 from utils.faces import load_faces
+from utils.model import AgeRegressor, build_model, load_weights
 from utils.settings import CHECKPOINT, get_settings
+
+# utils.training is imported inside the functions that use it, as it makes PyTorch keep freed
+# memory: the usual loop runs without that.
 
 SIZE, BATCH, WARM_UP = 128, 128, 1
 GOAL, LIMIT = 5.04, 60  # years of test MAE; minutes of training
@@ -43,10 +51,6 @@ GOAL, LIMIT = 5.04, 60  # years of test MAE; minutes of training
 
 def usual_loader(settings, faces, rows: np.ndarray, *last):
     """Batches of images [B, 3, SIZE, SIZE] and ages [B], as most notebooks read them."""
-    import torch
-    from PIL import Image
-    from torchvision import transforms
-
     pipeline = transforms.Compose([
         transforms.Resize((SIZE, SIZE)),
         transforms.RandomHorizontalFlip(),
@@ -70,8 +74,6 @@ def usual_loader(settings, faces, rows: np.ndarray, *last):
 
 def usual_steps(model, loader, optimizer) -> Iterator[int]:
     """Once over the images: the loop of most notebooks. Yields each step's number before it."""
-    import torch
-
     device = next(model.parameters()).device
     for step, (images, ages) in enumerate(loader):
         yield step
@@ -84,9 +86,6 @@ def usual_steps(model, loader, optimizer) -> Iterator[int]:
 
 def usual(settings, faces, steps: int) -> float:
     """Images per second of the usual loop, after WARM_UP steps."""
-    import torch
-    from torchvision import models, transforms
-
     scale = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     loader = usual_loader(settings, faces, np.arange(BATCH * (steps + WARM_UP)), scale)
     model = models.get_model(settings.backbone, weights=None)
@@ -126,11 +125,6 @@ def test_mae(model, faces) -> float:
 def usual_to_goal(settings, faces, steps: int) -> dict:
     """Minutes and epochs of the usual loop until the test MAE is GOAL, and that MAE; None for all
     after LIMIT."""
-    import torch
-
-    from utils.augment import resize
-    from utils.model import build_model
-
     settings = replace(settings, pretrained=True)
     known = np.flatnonzero(faces.table["split"] == "train")
     some = np.random.default_rng(settings.seed).choice(known, 512)
@@ -174,10 +168,6 @@ def _reached(minutes: float, epochs: int, mae: float) -> dict:
 
 def augment_ms(settings, faces, steps: int) -> float:
     """Milliseconds of augmentation for a batch."""
-    import torch
-
-    from utils.augment import STANDARD, augment
-
     chips = torch.tensor(faces.pixels[: settings.batch_size]).permute(0, 3, 1, 2)
     generator = torch.Generator().manual_seed(0)
     return _median_ms(lambda _: augment(chips, settings.image_size, generator, **STANDARD), 40)
@@ -185,9 +175,6 @@ def augment_ms(settings, faces, steps: int) -> float:
 
 def predict_ms(settings, faces, steps: int) -> float:
     """Milliseconds of the published network for one crop and its mirror image, on one core."""
-    import torch
-
-    from utils.model import load_weights
     from utils.training import predict
 
     torch.set_num_threads(1)
@@ -243,10 +230,11 @@ def measure(part: str, settings, steps: int) -> dict:
 
 def _machine() -> str:
     """What decides the speed: processor, threads, and bfloat16 instructions where it has them."""
-    import torch
+    from utils.training import _precision
 
+    precision = _precision(AgeRegressor("small", SIZE), torch.device("cpu"))
+    bfloat16 = "with" if precision == torch.bfloat16 else "without"
     can = getattr(torch.cpu, "get_capabilities", dict)()  # which PyTorch 2.9 has not yet
-    bfloat16 = "with" if can.get("avx512_bf16") or can.get("amx_bf16") else "without"
     name = can.get("cpu_name") or torch.backends.cpu.get_cpu_capability()
     return f"{name}, {torch.get_num_threads()} threads, {bfloat16} bfloat16 instructions"
 
@@ -260,8 +248,6 @@ def publish(settings, **figures) -> None:
 
 
 def main() -> None:
-    import torch
-
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
